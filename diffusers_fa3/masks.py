@@ -1,0 +1,191 @@
+"""What a mask means: which keys, and which queries, take part in an attention call.
+
+Axis letters, here and everywhere: B batch, H heads, Sq and Sk lengths of queries and keys.
+
+A mask is judged by its content. Its shape says only how far it is spread out: a (B, 1, Sq, Sk)
+mask may still say nothing but "the last keys are padding", and a (B, H, 1, Sk) mask may differ
+from head to head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import MaskError
+
+MASKED_FROM = -1e4
+"""Additive values from here down mask a key: what diffusers writes for padding, and -inf.
+
+exp(x - 1e4) is 0 in every float dtype as long as one key of the row is left at 0, so such a mask
+gives bit for bit the softmax of a bool one. A row in which no key is left is another matter.
+"""
+
+Axes2D = Literal["bk", "qk"]
+"""How a 2-D mask is read: (B, Sk) as diffusers' dispatcher does, or (Sq, Sk) as SDPA does."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllValid:
+    """Every query sees every key: the mask says nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Valid:
+    """Valid queries see valid keys; rows of other queries are empty.
+
+    `keys` is (B or 1, Sk) bool. `queries` is (B or 1, Sq) bool, or None where every query counts.
+    The lengths, one for each row of `keys` and `queries`, are on the host already.
+    """
+
+    keys: Tensor
+    k_lens: tuple[int, ...]
+    k_leading: bool
+    """The valid keys of each sample are its first: right padding, or none."""
+    queries: Tensor | None = None
+    q_lens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A mask that packing cannot express, and why."""
+
+    reason: str
+
+
+Meaning = AllValid | Valid | Opaque
+
+
+def read_mask(
+    mask: Tensor, *, batch: int, heads: int, q_len: int, k_len: int, axes_2d: Axes2D = "bk"
+) -> Meaning:
+    """The meaning of `mask`, at the price of one read from its device.
+
+    Args:
+        mask: bool (True: the key is seen), int (0 or 1, as tokenizers write it) or additive float
+            (every value 0 or <= -1e4). Shape (Sk), (B, Sk) or (Sq, Sk) (see `axes_2d`),
+            (H, Sq, Sk), or (B, H, Sq, Sk); each axis but Sk may be 1, or expanded.
+        batch: B.
+        heads: H.
+        q_len: Sq.
+        k_len: Sk.
+        axes_2d: what a 2-D mask is.
+
+    Raises:
+        MaskError: the mask does not broadcast to (B, H, Sq, Sk), or its values have no meaning.
+    """
+    if mask.requires_grad:
+        return Opaque("mask that gradients are asked for")
+    mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
+    if mask.numel() == 0:
+        return AllValid() if k_len == 0 or 0 in (batch, heads, q_len) else Opaque("empty mask")
+
+    seen = mask if mask.dtype == torch.bool else mask == (0 if mask.is_floating_point() else 1)
+    one_head = seen[:, 0]
+    keys, queries = one_head.any(-2), one_head.any(-1)
+    facts = _Facts.read(
+        values=_values_are_those_of_a_mask(mask, seen),
+        empty_rows_are_zero=_empty_rows_are_zero(mask, seen),
+        heads_agree=(seen == one_head[:, None]).all() if seen.shape[1] > 1 else None,
+        factors=(one_head == (queries[:, :, None] & keys[:, None, :])).all()
+        if one_head.shape[1] > 1
+        else None,
+        k_leading=(keys[:, 1:] <= keys[:, :-1]).all(),
+        k_counts=keys.sum(-1),
+        q_counts=queries.sum(-1),
+    )
+
+    if not facts.values:
+        if not mask.is_floating_point():
+            raise MaskError(f"{_dtype(mask)} mask with values other than 0 and 1; pass a bool mask")
+        return Opaque(f"{_dtype(mask)} mask with values that are a bias, not a mask")
+    if not facts.empty_rows_are_zero:
+        return Opaque(
+            "additive mask with a row that has no valid key and finite values: "
+            "the default averages over its padding"
+        )
+    if not facts.heads_agree:
+        return Opaque("mask differs between heads")
+    if not facts.factors:
+        return Opaque("mask depends on the query")
+
+    every_query = one_head.shape[1] == 1 or all(n == q_len for n in facts.q_counts)
+    if every_query and all(n == k_len for n in facts.k_counts):
+        return AllValid()
+    return Valid(
+        keys,
+        facts.k_counts,
+        facts.k_leading,
+        *(() if every_query else (queries, facts.q_counts)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What had to be known of the mask's content, after one transfer to the host."""
+
+    values: bool
+    empty_rows_are_zero: bool
+    heads_agree: bool
+    factors: bool
+    k_leading: bool
+    k_counts: tuple[int, ...]
+    q_counts: tuple[int, ...]
+
+    @classmethod
+    def read(cls, *, k_counts: Tensor, q_counts: Tensor, **flags: Tensor | None) -> _Facts:
+        asked = {name: flag for name, flag in flags.items() if flag is not None}
+        read: list[int] = torch.cat(
+            [torch.stack(list(asked.values())).long(), k_counts, q_counts]
+        ).tolist()
+        answers = dict.fromkeys(flags, True) | {n: bool(x) for n, x in zip(asked, read)}
+        counts = read[len(asked) :]
+        rows = len(k_counts)
+        return cls(**answers, k_counts=tuple(counts[:rows]), q_counts=tuple(counts[rows:]))
+
+
+def _as_4d(mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D) -> Tensor:
+    """A view of `mask` with axes (B, H, Sq, Sk), each full or 1."""
+    if mask.ndim == 2 and axes_2d == "bk":
+        view = mask[:, None, None, :]
+    elif 1 <= mask.ndim <= 4:
+        view = mask[(None,) * (4 - mask.ndim)]
+    else:
+        view = None
+    if view is None or any(got not in (1, want) for got, want in zip(view.shape, sizes)):
+        batch, _, q_len, k_len = sizes
+        raise MaskError(
+            f"mask of shape {tuple(mask.shape)} does not broadcast to (B, H, Sq, Sk) = {sizes}; "
+            f"pass (B, Sk) = {(batch, k_len)}, (B, 1, 1, Sk) = {(batch, 1, 1, k_len)} "
+            f"or (B, 1, Sq, Sk) = {(batch, 1, q_len, k_len)}"
+        )
+    return view.expand(-1, -1, -1, sizes[3])
+
+
+def _compact(mask: Tensor) -> Tensor:
+    """One row for each axis but Sk along which the mask was expanded, nothing being copied."""
+    for axis in range(3):
+        if mask.stride(axis) == 0 and mask.shape[axis] > 1:
+            mask = mask.narrow(axis, 0, 1)
+    return mask
+
+
+def _values_are_those_of_a_mask(mask: Tensor, seen: Tensor) -> Tensor | None:
+    if mask.dtype == torch.bool:
+        return None
+    masked = mask <= MASKED_FROM if mask.is_floating_point() else mask == 0
+    return (seen | masked).all()
+
+
+def _empty_rows_are_zero(mask: Tensor, seen: Tensor) -> Tensor | None:
+    """Whether the default, too, gives 0 in rows without a valid key: those of -inf throughout."""
+    if not mask.is_floating_point():
+        return None
+    return (seen.any(-1) | (mask == -torch.inf).all(-1)).all()
+
+
+def _dtype(mask: Tensor) -> str:
+    return str(mask.dtype).removeprefix("torch.")

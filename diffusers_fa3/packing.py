@@ -1,0 +1,193 @@
+"""From a mask to `cu_seqlens`, once; from padded tensors to packed ones and back, by that plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import MaskError
+from diffusers_fa3.masks import AllValid, Axes2D, Opaque, Valid, read_mask
+
+Route = Literal["dense", "seqused", "packed"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackingPlan:
+    """How a call of one shape and mask reaches a variable-length kernel.
+
+    Routes:
+        dense: the mask says nothing; tensors go to the kernel as they are.
+        seqused: the valid keys of each sample are its first; tensors go as they are, with the
+            number of valid keys.
+        packed: valid keys are gathered, samples end to end; queries too where whole rows are
+            masked, and then the other rows of the output are 0.
+    """
+
+    route: Route
+    batch: int
+    q_len: int
+    k_len: int
+    seqused_k: Tensor | None = None
+    """int32 (B,): valid keys of each sample. Route seqused."""
+    cu_seqlens_q: Tensor | None = None
+    """int32 (B + 1,): where each sample's queries begin and end. Route packed, as all below."""
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    indices_q: Tensor | None = None
+    """int64 (Tq,): positions in B * Sq of the queries that are kept; None: all of them."""
+    indices_k: Tensor | None = None
+    """int64 (Tk,): positions in B * Sk of the valid keys."""
+
+    def pack(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, H, D) tensors as the kernel takes them: (T, H, D) on route packed."""
+        if self.route != "packed":
+            return q, k, v
+        return (
+            q.flatten(0, 1) if self.indices_q is None else _take(q, self.indices_q),
+            _take(k, self.indices_k),
+            _take(v, self.indices_k),
+        )
+
+    def buffer(self, out: Tensor | None) -> Tensor | None:
+        """The part of the caller's (B, Sq, H, D) `out` that a kernel can fill by itself, if any."""
+        if out is None or self.route != "packed":
+            return out
+        rows_in_order = out.stride(0) == self.q_len * out.stride(1)
+        return out.flatten(0, 1) if rows_in_order and self.indices_q is None else None
+
+    def unpack(self, result: Tensor, out: Tensor | None = None) -> Tensor:
+        """The kernel's result, (Tq, H, D) on route packed, as (B, Sq, H, D).
+
+        Into `out` where one is given: what `buffer` offered to the kernel is there already.
+        """
+        if self.route != "packed":
+            return result
+        if out is None:
+            return self._per_sample(self._padded(result, 0.0))
+        if self.indices_q is not None:
+            out.zero_()
+            out[self.indices_q // self.q_len, self.indices_q % self.q_len] = result
+        elif self.buffer(out) is None:
+            out.copy_(self._per_sample(result))
+        return out
+
+    def unpack_lse(self, lse: Tensor) -> Tensor:
+        """The kernel's LSE, (H, Tq) on route packed, as (B, H, Sq); -inf in rows without keys."""
+        if self.route != "packed":
+            return lse
+        rows = self._padded(lse.transpose(0, 1), -torch.inf)
+        return self._per_sample(rows).transpose(1, 2)
+
+    def _per_sample(self, rows: Tensor) -> Tensor:
+        return rows.view(self.batch, self.q_len, *rows.shape[1:])
+
+    def _padded(self, rows: Tensor, fill: float) -> Tensor:
+        if self.indices_q is None:
+            return rows
+        padded = rows.new_full((self.batch * self.q_len, *rows.shape[1:]), fill)
+        return padded.index_copy(0, self.indices_q, rows)
+
+
+def plan_packing(
+    mask: Tensor | None,
+    *,
+    batch: int,
+    q_len: int,
+    k_len: int,
+    heads: int = 1,
+    axes_2d: Axes2D = "bk",
+    seqused: bool = True,
+) -> PackingPlan:
+    """The plan for one mask: reads it once, and builds everything a kernel must be told.
+
+    Args:
+        mask: what each query sees: None, or bool, int or additive float of shape (Sk), (B, Sk),
+            (B, 1, 1, Sk), (B, H, 1, Sk), (B, 1, Sq, Sk) or (B, H, Sq, Sk); see
+            `diffusers_fa3.masks.read_mask`. The plan's tensors lie on its device.
+        batch: B.
+        q_len: Sq.
+        k_len: Sk.
+        heads: H.
+        axes_2d: "bk" reads a 2-D mask as (B, Sk), "qk" as (Sq, Sk).
+        seqused: whether route seqused may be taken; a few kernels lack it.
+
+    Raises:
+        MaskError: the mask does not broadcast to (B, H, Sq, Sk), its values have no meaning, or
+            packing cannot express it: it depends on the query or the head, or is a bias.
+    """
+    plan = try_plan(mask, (batch, heads, q_len, k_len), axes_2d=axes_2d, seqused=seqused)
+    if isinstance(plan, Opaque):
+        raise MaskError(
+            f"{plan.reason}; packing keeps or drops whole keys and whole queries. "
+            "Use torch.nn.functional.scaled_dot_product_attention for this mask"
+        )
+    return plan
+
+
+def try_plan(
+    mask: Tensor | None, sizes: tuple[int, int, int, int], *, axes_2d: Axes2D, seqused: bool
+) -> PackingPlan | Opaque:
+    """`plan_packing` for those who know what to do with a mask that packing cannot express."""
+    batch, heads, q_len, k_len = sizes
+    if mask is None:
+        return PackingPlan("dense", batch, q_len, k_len)
+    meaning = read_mask(mask, batch=batch, heads=heads, q_len=q_len, k_len=k_len, axes_2d=axes_2d)
+    if isinstance(meaning, Opaque):
+        return meaning
+    if isinstance(meaning, AllValid):
+        return PackingPlan("dense", batch, q_len, k_len)
+    return _plan_valid(meaning, batch, q_len, k_len, seqused)
+
+
+def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool) -> PackingPlan:
+    device = valid.keys.device
+    k_lens = _each(valid.k_lens, batch)
+    if seqused and valid.k_leading and valid.queries is None:
+        lens = torch.tensor(k_lens, dtype=torch.int32, device=device)
+        return PackingPlan("seqused", batch, q_len, k_len, seqused_k=lens)
+
+    q_lens = _each(valid.q_lens, batch) if valid.queries is not None else (q_len,) * batch
+    return PackingPlan(
+        "packed",
+        batch,
+        q_len,
+        k_len,
+        cu_seqlens_q=_cu_seqlens(q_lens, device),
+        cu_seqlens_k=_cu_seqlens(k_lens, device),
+        max_seqlen_q=max(q_lens, default=0),
+        max_seqlen_k=max(k_lens, default=0),
+        indices_q=None if valid.queries is None else _indices(valid.queries, batch, sum(q_lens)),
+        indices_k=_indices(valid.keys, batch, sum(k_lens)),
+    )
+
+
+def _each(lens: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    """One length for each sample, also where one row of the mask serves all."""
+    return lens if len(lens) == batch else lens * batch
+
+
+def _cu_seqlens(lens: Sequence[int], device: torch.device) -> Tensor:
+    ends = [0]
+    for length in lens:
+        ends.append(ends[-1] + length)
+    return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+def _indices(valid: Tensor, batch: int, total: int) -> Tensor:
+    """Positions of True in `valid` as (B * S); the total is known, so nothing is read back."""
+    flat = valid.expand(batch, -1).flatten()
+    return torch.nonzero_static(flat, size=total).flatten()
+
+
+def _take(x: Tensor, indices: Tensor | None) -> Tensor:
+    """Rows of (B, S, H, D) at `indices` into B * S, copied once whatever the strides."""
+    assert indices is not None
+    length = x.shape[1]
+    if x.stride(0) == length * x.stride(1):
+        return x.flatten(0, 1).index_select(0, indices)
+    return x[indices // length, indices % length]

@@ -1,0 +1,74 @@
+"""Finding a plan again: layers share masks, and a plan costs one read from the device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from diffusers_fa3.masks import Opaque
+from diffusers_fa3.packing import PackingPlan
+
+Plan = PackingPlan | Opaque
+
+CAPACITY = 256
+"""Plans remembered at a time: more than the models of a process use in one forward."""
+
+
+class PlanCache:
+    """Plans by the tensors that they follow from, for as long as those live unchanged.
+
+    A tensor is known by the one that owns its memory (held weakly), that one's version, which any
+    in-place edit raises, and how it views it. Never by address: memory is reused. Tensors without a
+    version (made in inference mode) could be edited unseen: nothing is remembered of them.
+    """
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[object, tuple[tuple[TensorWeakRef, ...], Plan]] = OrderedDict()
+        self._lock = Lock()
+
+    def find(
+        self, sources: Sequence[Tensor], call: object, make: Callable[[], Plan]
+    ) -> tuple[Plan, bool]:
+        """The plan that follows from `sources` and `call`, and whether it was made just now.
+
+        Args:
+            sources: at least one tensor, together with `call` all that the plan depends on.
+            call: hashable.
+            make: makes the plan where there is none.
+        """
+        if any(source.is_inference() for source in sources):
+            return make(), True
+        owners = [source if source._base is None else source._base for source in sources]
+        key = (tuple(map(_view, sources, owners)), call)
+        remembered = self._plans.get(key)
+        if remembered is not None:
+            references, plan = remembered
+            if all(ref() is owner for ref, owner in zip(references, owners)):
+                return plan, False
+        plan = make()
+        with self._lock:
+            self._forget_the_dead()
+            self._plans[key] = (tuple(map(TensorWeakRef, owners)), plan)
+        return plan, True
+
+    def _forget_the_dead(self) -> None:
+        for key, (references, _) in list(self._plans.items()):
+            if any(reference() is None for reference in references):
+                del self._plans[key]
+        while len(self._plans) >= CAPACITY:
+            self._plans.popitem(last=False)
+
+
+def _view(source: Tensor, owner: Tensor) -> tuple[object, ...]:
+    return (
+        id(owner),
+        owner._version,
+        source.dtype,
+        source.shape,
+        source.stride(),
+        source.storage_offset(),
+    )
