@@ -1,0 +1,65 @@
+"""FlashAttention-3 variable-length attention for any diffusers model, exact for every mask."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from diffusers_fa3.attention import attention
+from diffusers_fa3.errors import (
+    FA3Error,
+    FallbackWarning,
+    InputError,
+    KernelUnavailableError,
+    MaskError,
+    UnsupportedModelError,
+)
+from diffusers_fa3.interface import flash_attn_varlen_func, flash_attn_with_kvcache
+from diffusers_fa3.out import call_kernel
+from diffusers_fa3.packing import PackingPlan, plan_packing
+from diffusers_fa3.providers import available_kernels
+
+if TYPE_CHECKING:
+    from diffusers_fa3.dispatcher import register, unregister
+    from diffusers_fa3.enable import coverage, disable_fa3, enable_fa3
+    from diffusers_fa3.processor import FA3AttnProcessor
+
+__version__ = "0.1.0"
+
+_TOUCHES_DIFFUSERS = {
+    "FA3AttnProcessor": "processor",
+    "coverage": "enable",
+    "disable_fa3": "enable",
+    "enable_fa3": "enable",
+    "register": "dispatcher",
+    "unregister": "dispatcher",
+}
+"""Names that import diffusers, and do so when they are first used."""
+
+__all__ = [
+    "FA3AttnProcessor",
+    "FA3Error",
+    "FallbackWarning",
+    "InputError",
+    "KernelUnavailableError",
+    "MaskError",
+    "PackingPlan",
+    "UnsupportedModelError",
+    "attention",
+    "available_kernels",
+    "call_kernel",
+    "coverage",
+    "disable_fa3",
+    "enable_fa3",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "plan_packing",
+    "register",
+    "unregister",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TOUCHES_DIFFUSERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_TOUCHES_DIFFUSERS[name]}"), name)

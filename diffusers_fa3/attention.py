@@ -1,0 +1,206 @@
+"""START HERE. One attention call, from q, k, v and a mask to the output, on one screen.
+
+Axis letters, here and everywhere: B batch, H query heads, Hk key and value heads, Sq and Sk
+lengths, D head size (Dv of v), T packed tokens. Layout (B, S, H, D).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusers_fa3.errors import FA3Error, FallbackWarning, KernelUnavailableError, MaskError
+from diffusers_fa3.inputs import check_inputs
+from diffusers_fa3.masks import Axes2D, Opaque
+from diffusers_fa3.out import check_out
+from diffusers_fa3.packing import PackingPlan, try_plan
+from diffusers_fa3.plans import Plan
+from diffusers_fa3.providers import KernelChoice, Request, read_machine, select
+
+FindPlan = Callable[[Tensor, object, Callable[[], Plan]], Plan]
+"""Finds the plan for a mask and the rest of the call again, or has it made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a kernel made of a call."""
+
+    out: Tensor
+    lse: Tensor | None
+    kernel: str
+    route: str
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """Why no kernel took a call, in words, and the error that this is where it has to be one."""
+
+    reason: str
+    error: FA3Error
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | PackingPlan | None,
+    *,
+    scale: float | None,
+    causal: bool,
+    kernel: KernelChoice,
+    axes_2d: Axes2D = "bk",
+    find_plan: FindPlan | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Served | Declined:
+    """The way of the data: `attention` and every processor go it."""
+    check_inputs(q, k, v, mask, causal)
+    if q.numel() == 0 or k.shape[1] == 0:
+        return _without_keys(q, k, v, out, return_lse)
+
+    # Who can serve this call?
+    request = Request(
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        varlen=mask is not None,
+        seqused_k=isinstance(mask, PackingPlan) and mask.route == "seqused",
+        lse=return_lse,
+        backward=torch.is_grad_enabled()
+        and (q.requires_grad or k.requires_grad or v.requires_grad),
+    )
+    try:
+        chosen = select(request, read_machine(q.device), kernel)
+    except KernelUnavailableError as error:
+        return Declined(error.summary, error)
+
+    # What does the mask mean, and which plan follows?
+    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    plan = _plan(mask, sizes, axes_2d, chosen.limits.seqused_k, find_plan)
+    if isinstance(plan, Opaque):
+        return Declined(plan.reason, MaskError(f"{plan.reason}; no kernel takes such a mask"))
+
+    # The kernel, between pack and unpack.
+    packed_q, packed_k, packed_v = plan.pack(q, k, v)
+    result, lse = chosen.forward(
+        packed_q,
+        packed_k,
+        packed_v,
+        softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        causal=causal,
+        cu_seqlens_q=plan.cu_seqlens_q,
+        cu_seqlens_k=plan.cu_seqlens_k,
+        seqused_k=plan.seqused_k,
+        max_seqlen_q=plan.max_seqlen_q,
+        max_seqlen_k=plan.max_seqlen_k,
+        out=plan.buffer(out),
+        return_lse=return_lse,
+    )
+    lse = None if lse is None else plan.unpack_lse(lse)
+    return Served(plan.unpack(result, out), lse, chosen.name, plan.route)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | PackingPlan | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    kernel: KernelChoice = "auto",
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of q over the keys that `mask` leaves valid, on a variable-length kernel.
+
+    Equal to `scaled_dot_product_attention` with the same mask. A row without any valid key is 0.
+    A kernel never reads what lies at padded keys, be it NaN or inf.
+
+    Args:
+        q: (B, Sq, H, D).
+        k: (B, Sk, Hk, D), of q's dtype and device; H is a multiple of Hk.
+        v: (B, Sk, Hk, Dv), likewise.
+        mask: None; or bool (True: the key is seen), int (0 or 1) or additive float (0 or <= -1e4),
+            of shape (Sk), (B, Sk), (B, 1, 1, Sk), (B, H, 1, Sk), (B, 1, Sq, Sk) or (B, H, Sq, Sk);
+            or a plan that `plan_packing` made of such a mask, and which is then not read again.
+        scale: factor of the logits; None is D ** -0.5.
+        causal: query i sees keys up to i. Needs Sq = Sk and no mask.
+        kernel: "auto", a name from `available_kernels()`, or a function with FlashAttention's
+            arguments. A name or function is honoured or refused. "auto" takes the best kernel that
+            is installed, and where none can serve, or packing cannot express the mask, PyTorch's
+            own attention, with a `FallbackWarning` that says why.
+        out: (B, Sq, H, Dv), of q's dtype; receives the result and is returned. Not with autograd.
+        return_lse: also return the log-sum-exp of the logits, fp32 (B, H, Sq), natural log; -inf in
+            rows without a valid key. Never falls back: PyTorch's attention has none.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not belong together; an unfit `out`.
+        MaskError: the mask does not broadcast or lies on another device; or, with `kernel` given
+            or `return_lse`, packing cannot express it.
+        KernelUnavailableError: the asked-for kernel cannot serve, with every reason.
+    """
+    if out is not None:
+        check_out(out, q, v, others=(k, mask) if isinstance(mask, Tensor) else (k,))
+    answer = attend(
+        q, k, v, mask, scale=scale, causal=causal, kernel=kernel, out=out, return_lse=return_lse
+    )
+    if isinstance(answer, Declined):
+        if kernel != "auto" or return_lse or isinstance(mask, PackingPlan):
+            raise answer.error
+        warnings.warn(f"PyTorch's attention serves: {answer.reason}", FallbackWarning, stacklevel=2)
+        result = _default(q, k, v, mask, scale, causal)
+        return result if out is None else out.copy_(result)
+    return answer.out if answer.lse is None else (answer.out, answer.lse)
+
+
+def _plan(
+    mask: Tensor | PackingPlan | None,
+    sizes: tuple[int, int, int, int],
+    axes_2d: Axes2D,
+    seqused: bool,
+    find_plan: FindPlan | None,
+) -> Plan:
+    if isinstance(mask, PackingPlan):
+        return mask
+
+    def make() -> Plan:
+        return try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused)
+
+    if mask is None or find_plan is None:
+        return make()
+    return find_plan(mask, (sizes, axes_2d, seqused), make)
+
+
+def _without_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, return_lse: bool) -> Served:
+    """Nothing to attend to, or nobody to: 0, as SDPA gives, and still a part of the graph."""
+    zero = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
+    result = q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32)
+    return Served(
+        result if out is None else out.copy_(result), lse if return_lse else None, "none", "empty"
+    )
+
+
+def _default(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool
+) -> Tensor:
+    """PyTorch's attention on the same tensors."""
+    if mask is not None:
+        mask = mask if mask.is_floating_point() else mask.bool()
+        mask = mask[:, None, None, :] if mask.ndim == 2 else mask
+    heads_first = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+        is_causal=causal,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return heads_first.transpose(1, 2)

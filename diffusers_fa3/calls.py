@@ -1,0 +1,331 @@
+"""What a processor calls in place of PyTorch's and diffusers' attention, and what it is counted on.
+
+A processor runs inside a `Frame`, which knows the layer that it serves. The two functions below
+have the signatures of those that they replace, and hand the call to that frame.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers.models import attention_dispatch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusers_fa3.attention import Declined, Served, attend
+from diffusers_fa3.errors import (
+    FA3Error,
+    FallbackWarning,
+    InputError,
+    KernelUnavailableError,
+    UnsupportedModelError,
+)
+from diffusers_fa3.masks import Axes2D
+from diffusers_fa3.plans import Plan, PlanCache
+from diffusers_fa3.providers import KernelChoice
+
+Fallback = Literal["warn", "error", "silent"]
+
+PLANS = PlanCache()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, shared by the layers that were switched together."""
+
+    kernel: KernelChoice = "auto"
+    fallback: Fallback = "warn"
+    warned: set[tuple[str, str]] = field(default_factory=set, compare=False)
+    """(processor class, reason) of the warnings that were given."""
+
+
+@dataclass(eq=False)
+class Layer:
+    """A switched layer: the processor that it had, and what became of its attention calls."""
+
+    processor: Any
+    """None: no single layer, but diffusers' process-wide backend."""
+    settings: Settings
+    name: str = ""
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By kernel and route."""
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    plans_made: int = 0
+    plans_reused: int = 0
+
+    def decline(self, reason: str, error: FA3Error) -> None:
+        """Count a call that the default attention serves; raise or warn as the user asked."""
+        refused = isinstance(error, KernelUnavailableError) and self.settings.kernel != "auto"
+        if refused or self.settings.fallback == "error":
+            raise error
+        self.fallbacks[reason] += 1
+        warning = (type(self.processor).__name__, reason)
+        if self.settings.fallback == "warn" and warning not in self.settings.warned:
+            self.settings.warned.add(warning)
+            warnings.warn(
+                f"{self}: the default attention serves: {reason}", FallbackWarning, stacklevel=2
+            )
+
+    def __str__(self) -> str:
+        own = [] if self.processor is None else [type(self.processor).__name__]
+        return " of ".join([*own, *filter(None, [self.name])])
+
+
+class Frame:
+    """One run of a switched layer's processor, on this thread."""
+
+    __slots__ = ("args", "attention_calls", "kwargs", "layer", "outer")
+
+    def __init__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer = layer
+        self.args = args
+        self.kwargs = kwargs
+        self.attention_calls = 0
+
+    def __enter__(self) -> None:
+        self.outer = getattr(_running, "frame", None)
+        _running.frame = self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        _running.frame = self.outer
+        if failed is None and self.attention_calls == 0:
+            reason = "makes no attention call that could be switched"
+            self.layer.decline(reason, UnsupportedModelError(f"{self.layer} {reason}"))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float | None,
+        causal: bool,
+        axes_2d: Axes2D,
+    ) -> Tensor | None:
+        """The kernel's output, or None, counted, where the default attention is to serve."""
+        self.attention_calls += 1
+        layer = self.layer
+        answer: Served | Declined
+        try:
+            answer = attend(
+                q,
+                k,
+                v,
+                mask,
+                scale=scale,
+                causal=causal,
+                kernel=layer.settings.kernel,
+                axes_2d=axes_2d,
+                find_plan=self._find_plan,
+            )
+        except InputError as error:
+            answer = Declined(str(error), error)
+        if isinstance(answer, Declined):
+            layer.decline(answer.reason, answer.error)
+            return None
+        layer.calls[answer.kernel, answer.route] += 1
+        return answer.out
+
+    def decline(self, reason: str) -> None:
+        """The default attention is to serve this call; no kernel need be asked."""
+        self.attention_calls += 1
+        self.layer.decline(reason, InputError(f"{reason}: no kernel takes this"))
+
+    def _find_plan(self, mask: Tensor, call: object, make: Callable[[], Plan]) -> Plan:
+        """The plan of an earlier layer that was given the same masks, or of this very mask.
+
+        Most of diffusers' processors build the mask of their attention call anew, in every layer,
+        from what they were given; there it is that which is recognised.
+        """
+        sources: list[Tensor] = []
+        rest: list[object] = []
+        if _is_of_diffusers(self.layer.processor) and self._read_arguments(sources, rest):
+            call = (
+                call,
+                type(self.layer.processor),
+                self.attention_calls,
+                mask.dtype,
+                mask.shape,
+                *rest,
+            )
+        else:
+            sources = [mask]
+        plan, made = PLANS.find(sources, call, make)
+        self.layer.plans_made += made
+        self.layer.plans_reused += not made
+        return plan
+
+    def _read_arguments(self, sources: list[Tensor], rest: list[object]) -> bool:
+        """Whether the processor was given masks; and they, and all else but activations, if so."""
+        processor_class: Any = type(self.layer.processor)
+        names = _positional_names(processor_class)
+        if len(self.args) > len(names):
+            return False
+        arguments = [*zip(names, self.args), *self.kwargs.items()]
+        return all(_sort(*argument, sources, rest) for argument in arguments) and bool(sources)
+
+
+def _sort(name: str, value: object, sources: list[Tensor], rest: list[object]) -> bool:
+    """Sort an argument into masks and the rest; False where it could hide a mask."""
+    if isinstance(value, Tensor):
+        if "mask" in name or not (value.is_floating_point() or value.is_complex()):
+            sources.append(value)
+        return True
+    if isinstance(value, tuple | list):
+        return all(_sort(name, item, sources, rest) for item in value)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        rest.append((name, value))
+        return True
+    return isinstance(value, nn.Module)
+
+
+@functools.cache
+def _positional_names(processor_class: type) -> tuple[str, ...]:
+    _, *parameters = inspect.signature(processor_class.__call__).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _is_of_diffusers(processor: object) -> bool:
+    return type(processor).__module__.startswith("diffusers.")
+
+
+class _Running(threading.local):
+    frame: Frame | None = None
+
+
+_running = _Running()
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, as a switched processor sees it."""
+    frame = _running.frame
+    if frame is not None:
+        if dropout_p > 0:
+            frame.decline("attention dropout")
+        elif not query.ndim == key.ndim == value.ndim == 4:
+            frame.decline("tensors that are not (B, H, S, D)")
+        else:
+            out = frame.attend(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask,
+                scale=scale,
+                causal=is_causal,
+                axes_2d="qk",
+            )
+            if out is not None:
+                return out.transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def dispatch_attention_fn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+    **later: Any,
+) -> Tensor:
+    """Diffusers' `dispatch_attention_fn`, as a switched processor sees it: tensors (B, S, H, D)."""
+    frame = _running.frame
+    if frame is not None:
+        reason = _why_not_dispatched(attention_kwargs, backend, later)
+        if reason:
+            frame.decline(reason)
+        else:
+            out = attend_dispatched(
+                frame, query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config
+            )
+            if out is not None:
+                return out
+    out = attention_dispatch.dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        attention_kwargs,
+        backend=backend,
+        parallel_config=parallel_config,
+        **later,
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _why_not_dispatched(
+    attention_kwargs: dict[str, Any] | None, backend: Any, later: dict[str, Any]
+) -> str:
+    """Why a call is meant for another backend; empty where it is not."""
+    pinned = getattr(backend, "value", backend)
+    if pinned not in (None, "fa3"):
+        return f"the layer is set to backend {pinned}"
+    if attention_kwargs or later:
+        return f"options for one backend: {', '.join([*(attention_kwargs or ()), *later])}"
+    return ""
+
+
+def attend_dispatched(
+    frame: Frame,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    dropout_p: float,
+    causal: bool,
+    scale: float | None,
+    parallel_config: Any,
+) -> Tensor | None:
+    """`Frame.attend` for the arguments that diffusers' backends get: tensors (B, S, H, D)."""
+    if parallel_config is not None:
+        frame.decline("context parallelism")
+    elif dropout_p > 0:
+        frame.decline("attention dropout")
+    elif not isinstance(mask, Tensor | None):
+        frame.decline(f"mask of type {type(mask).__name__}")
+    else:
+        # diffusers' native backend reads a 2-D mask as (B, Sk) where it is one, and leaves any
+        # other to SDPA, which takes it as (Sq, Sk).
+        per_key = mask is not None and mask.shape == (query.shape[0], key.shape[1])
+        return frame.attend(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            causal=causal,
+            axes_2d="bk" if per_key else "qk",
+        )
+    return None

@@ -1,0 +1,60 @@
+"""What must hold of q, k, v and the mask before anything runs; all of it is checked here."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diffusers_fa3.errors import InputError, MaskError
+from diffusers_fa3.packing import PackingPlan
+
+
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | PackingPlan | None, causal: bool
+) -> None:
+    """Raise where no attention could be meant by these arguments.
+
+    Raises:
+        InputError: q, k and v do not belong together.
+        MaskError: the mask belongs to another call, or lies on another device.
+    """
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        raise _bad("q, k and v have 4 axes (B, S, H, D)", q, k, v)
+    if not q_shape[0] == k_shape[0] == v_shape[0]:
+        raise _bad("q, k and v are of one batch size", q, k, v)
+    if k_shape[1:3] != v_shape[1:3]:
+        raise _bad("k and v are of one length and number of heads", q, k, v)
+    if q_shape[3] != k_shape[3]:
+        raise _bad("q and k are of one head size", q, k, v)
+    if k_shape[2] == 0 or q_shape[2] % k_shape[2]:
+        raise _bad("q's number of heads is a multiple of k's", q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(f"q, k and v are of one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise InputError(f"q, k and v lie on one device; got {q.device}, {k.device}, {v.device}")
+    if causal and (mask is not None or q_shape[1] != k_shape[1]):
+        raise InputError(
+            "causal needs as many queries as keys, and no mask: kernels align it at the end of the "
+            f"keys, PyTorch at their beginning; got q_len {q_shape[1]}, k_len {k_shape[1]}, "
+            f"{'no mask' if mask is None else 'a mask'}. Pass it as a mask"
+        )
+    if mask is not None:
+        _check_mask(mask, q, k)
+
+
+def _check_mask(mask: Tensor | PackingPlan, q: Tensor, k: Tensor) -> None:
+    if isinstance(mask, Tensor):
+        if mask.device != q.device:
+            raise MaskError(
+                f"the mask lies where q does; got {mask.device} and {q.device}. Move the mask"
+            )
+        return
+    planned = (mask.batch, mask.q_len, mask.k_len)
+    if planned != (q.shape[0], q.shape[1], k.shape[1]):
+        raise MaskError(
+            f"the plan is for (B, Sq, Sk) = {planned}; got q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+
+
+def _bad(rule: str, q: Tensor, k: Tensor, v: Tensor) -> InputError:
+    return InputError(f"{rule}; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
