@@ -125,7 +125,7 @@ def _add_backend() -> None:
 
     def undo() -> None:
         if _AttentionBackendRegistry._active_backend is member:
-            _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+            _AttentionBackendRegistry._active_backend = AttentionBackendName.NATIVE
         for table in ("_backends", "_constraints", "_supported_arg_names"):
             del getattr(_AttentionBackendRegistry, table)[member]
         if before is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -119,10 +120,13 @@ def _wrapped_class(cls: type) -> type:
     twin = rebound(cls)
     own_call = twin.__call__ if hasattr(twin, "__call__") else cls.__call__  # noqa: B004
 
-    @functools.wraps(cls.__call__)  # diffusers reads the signature to sort a layer's arguments
+    @functools.wraps(cls.__call__)
     def __call__(self: FA3AttnProcessor, *args: Any, **kwargs: Any) -> Any:
         with Frame(self._fa3, args, kwargs):
             return own_call(self, *args, **kwargs)
+
+    # diffusers sorts a layer's arguments by the signature, in every call: it is given ready-made.
+    __call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
 
     return type(cls)(
         cls.__name__,

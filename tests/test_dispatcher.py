@@ -50,7 +50,7 @@ def registered() -> Iterator[None]:
     register()
     yield
     unregister()
-    _AttentionBackendRegistry.set_active_backend(active)
+    _AttentionBackendRegistry._active_backend = active
 
 
 def test_there_and_back_leaves_no_trace() -> None:
@@ -155,13 +155,13 @@ def test_unregistering_while_it_is_the_active_backend_leaves_the_native_one() ->
     active = _AttentionBackendRegistry._active_backend
     register()
     try:
-        _AttentionBackendRegistry.set_active_backend(AttentionBackendName("fa3"))
+        _AttentionBackendRegistry._active_backend = AttentionBackendName("fa3")
         unregister()
         assert _AttentionBackendRegistry._active_backend is AttentionBackendName.NATIVE
         attend()
     finally:
         unregister()
-        _AttentionBackendRegistry.set_active_backend(active)
+        _AttentionBackendRegistry._active_backend = active
 
 
 def test_layers_switched_meanwhile_stay_switched() -> None:

@@ -156,7 +156,7 @@ def test_two_models_in_two_threads_do_not_mix() -> None:
 def test_of_a_pipeline_the_denoiser_is_switched_and_the_vae_is_not() -> None:
     pipe = pipeline()
     report = enable_fa3(pipe, kernel="reference")
-    assert [row.name for row in report.rows][0] == "transformer.transformer_blocks.0.attn"
+    assert report.rows[0].name == "transformer.transformer_blocks.0.attn"
     assert len(report.rows) == LAYERS
     assert not switched(pipe.vae)
     enable_fa3(pipe.vae, kernel="reference")

@@ -373,6 +373,7 @@ def test_a_processor_without_attributes_of_its_own_is_refused() -> None:
 
 
 def test_an_asked_for_kernel_that_cannot_serve_is_an_error_whatever_the_fallback() -> None:
+    pytest.importorskip("torch.nn.attention.varlen")
     attn = layer(AttnProcessor2_0())
     enable_fa3(attn, kernel="torch_varlen", fallback="silent")
     with pytest.raises(KernelUnavailableError, match='kernel "torch_varlen" cannot serve float32'):
