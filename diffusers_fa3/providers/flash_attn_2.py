@@ -1,0 +1,29 @@
+"""FlashAttention-2, the `flash-attn` package: for older GPUs, and for what FA3 builds leave out."""
+
+from __future__ import annotations
+
+import importlib
+
+from diffusers_fa3.providers.build_flags import version_of
+from diffusers_fa3.providers.contract import Kernel, Limits, Provider
+from diffusers_fa3.providers.public_function import public_forward
+
+LIMITS = Limits(
+    archs=("sm80", "sm90", "sm100", "sm120"),
+    head_dim_multiple=1,  # its functions pad
+    head_dims_differ=False,
+    seqused_k=False,
+    backward=True,
+    kvcache=False,
+)
+
+
+def _load() -> Kernel:
+    functions = importlib.import_module("flash_attn")
+    forward = public_forward(functions.flash_attn_varlen_func, functions.flash_attn_func)
+    return Kernel("flash_attn_2", version_of("flash_attn"), LIMITS, forward, out="copy")
+
+
+FLASH_ATTN_2 = Provider(
+    "flash_attn_2", _load, install="pip install flash-attn", modules=("flash_attn",)
+)

@@ -1,0 +1,52 @@
+"""FlashAttention-3 as installed by pip: upstream's or tokenspeed-fa3's build, and fa3-fwd's."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+from diffusers_fa3.providers.build_flags import (
+    backward_is_built,
+    limits_from,
+    read_flags,
+    version_of,
+)
+from diffusers_fa3.providers.contract import Kernel, Provider
+from diffusers_fa3.providers.public_function import limits_of, public_forward
+from diffusers_fa3.providers.raw_op import RawOp, differentiable, find_op
+from diffusers_fa3.signature import read_signature
+
+
+def _load_upstream() -> Kernel:
+    functions = importlib.import_module("flash_attn_interface")
+    flags = read_flags("flash_attn_config")
+    version = version_of("flash_attn_interface")
+    limits = replace(limits_from(flags), backward=backward_is_built(flags))
+    public = public_forward(functions.flash_attn_varlen_func, functions.flash_attn_func)
+
+    op = find_op("flash_attn_3")
+    if op is None:  # before the raw op was registered with torch
+        asked = limits_of(read_signature(functions.flash_attn_varlen_func))
+        limits = replace(limits, window=asked.window, softcap=asked.softcap, kvcache=False)
+        return Kernel("flash_attn_3", version, limits, public, out="copy")
+    raw = RawOp(op, "flash_attn_3")
+    forward = differentiable(raw.forward, public) if limits.backward else raw.forward
+    return Kernel("flash_attn_3", version, limits, forward, raw.kvcache)
+
+
+def _load_fa3_fwd() -> Kernel:
+    importlib.import_module("fa3_fwd_interface")
+    raw = RawOp(find_op("fa3_fwd"), "fa3_fwd")
+    limits = limits_from(read_flags("fa3_fwd_config"))
+    return Kernel("fa3_fwd", version_of("fa3_fwd_interface"), limits, raw.forward, raw.kvcache)
+
+
+FLASH_ATTN_3 = Provider(
+    "flash_attn_3",
+    _load_upstream,
+    install="pip install tokenspeed-fa3",
+    modules=("flash_attn_interface",),
+)
+FA3_FWD = Provider(
+    "fa3_fwd", _load_fa3_fwd, install="pip install fa3-fwd", modules=("fa3_fwd_interface",)
+)

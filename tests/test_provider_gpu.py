@@ -1,0 +1,174 @@
+"""Every kernel that this machine has, against the reference: for a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_fa3.providers import (
+    PROVIDERS,
+    Request,
+    available_kernels,
+    read_machine,
+    reference,
+    select,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+NAMES = [p.name for p in PROVIDERS if not p.on_request]
+SCALE = 0.11
+DTYPE = torch.bfloat16
+Q_LENS, K_LENS = (130, 0, 257, 64), (300, 17, 0, 64)
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (40, 25)},
+    "causal window": {"causal": True, "window": (40, -1)},
+    "softcap": {"softcap": 3.0},
+}
+
+
+def ends(lens):
+    return torch.tensor(
+        [sum(lens[:i]) for i in range(len(lens) + 1)], dtype=torch.int32, device="cuda"
+    )
+
+
+def tensors(q_shape, k_shape, head_dim, kv_heads=2, heads=4):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def make(*sizes):
+        return torch.randn(*sizes, generator=generator, device="cuda").to(DTYPE)
+
+    return (
+        make(*q_shape, heads, head_dim),
+        make(*k_shape, kv_heads, head_dim),
+        make(*k_shape, kv_heads, head_dim),
+    )
+
+
+def kernel_for(name, options, *, head_dim, **asked):
+    request = Request(
+        DTYPE,
+        head_dim,
+        head_dim,
+        window=options.get("window", (-1, -1)) != (-1, -1),
+        softcap=options.get("softcap", 0.0) != 0,
+        lse=True,
+        **asked,
+    )
+    machine = read_machine(torch.device("cuda"))
+    if name not in [row.name for row in available_kernels("cuda") if row.accepted]:
+        pytest.skip(f"{name} is not usable here")
+    try:
+        return select(request, machine, name)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def agrees(kernel, q, k, v, **options):
+    """Result and log-sum-exp, without and with `out`, within twice the reference's own rounding."""
+    truth, truth_lse = reference.forward(
+        *(x.double() for x in (q, k, v)), softmax_scale=SCALE, return_lse=True, **options
+    )
+    rounded, _ = reference.forward(q, k, v, softmax_scale=SCALE, return_lse=True, **options)
+    budget = 3 * (rounded.double() - truth).abs().max() + 1e-3
+    lengths = {}
+    if "cu_seqlens_q" in options:
+        lengths = {"max_seqlen_q": max(Q_LENS), "max_seqlen_k": max(K_LENS)}
+    strided = torch.full((*q.shape[:-2], 2 * q.shape[-2], q.shape[-1]), torch.nan, device="cuda")
+    strided = strided.to(DTYPE)[..., ::2, :]
+    for out in (None, torch.full_like(q, torch.nan), strided):
+        got, lse = kernel.forward(
+            q, k, v, softmax_scale=SCALE, out=out, return_lse=True, **lengths, **options
+        )
+        assert out is None or got is out
+        assert (got.double() - truth).abs().max() <= budget
+        torch.testing.assert_close(lse.float(), truth_lse.float(), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 128, 256])
+@pytest.mark.parametrize("option", list(OPTIONS))
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_samples(name, option, head_dim):
+    options = OPTIONS[option]
+    kernel = kernel_for(name, options, head_dim=head_dim)
+    q, k, v = tensors((sum(Q_LENS),), (sum(K_LENS),), head_dim)
+    agrees(kernel, q, k, v, cu_seqlens_q=ends(Q_LENS), cu_seqlens_k=ends(K_LENS), **options)
+
+
+@pytest.mark.parametrize("option", list(OPTIONS))
+@pytest.mark.parametrize("name", NAMES)
+def test_dense_samples(name, option):
+    options = OPTIONS[option]
+    kernel = kernel_for(name, options, head_dim=128, varlen=False)
+    q, k, v = tensors((3, 130), (3, 200), 128)
+    agrees(kernel, q, k, v, **options)
+
+
+@pytest.mark.parametrize("option", list(OPTIONS))
+@pytest.mark.parametrize("name", NAMES)
+def test_padded_samples_with_their_number_of_keys(name, option):
+    options = OPTIONS[option]
+    kernel = kernel_for(name, options, head_dim=128, seqused_k=True)
+    q, k, v = tensors((3, 130), (3, 200), 128)
+    used = torch.tensor([200, 0, 77], dtype=torch.int32, device="cuda")
+    k[2, 77:] = torch.nan
+    v[2, 77:] = torch.nan
+    agrees(kernel, q, k, v, seqused_k=used, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_without_any_key(name):
+    kernel = kernel_for(name, {}, head_dim=64)
+    q, k, v = tensors((130,), (0,), 64)
+    out, lse = kernel.forward(
+        q,
+        k,
+        v,
+        softmax_scale=SCALE,
+        cu_seqlens_q=ends([130]),
+        cu_seqlens_k=ends([0]),
+        max_seqlen_q=130,
+        max_seqlen_k=0,
+        return_lse=True,
+    )
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_query_with_grouped_heads_fills_out(name):
+    kernel = kernel_for(name, {}, head_dim=64)
+    q, k, v = tensors((2,), (30,), 64)
+    cu_q, cu_k = ends([1, 1]), ends([10, 20])
+    lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 1, "max_seqlen_k": 20}
+    out = torch.full_like(q, torch.nan)
+    got, _ = kernel.forward(q, k, v, softmax_scale=SCALE, out=out, **lengths)
+    want, _ = reference.forward(
+        *(x.double() for x in (q, k, v)), softmax_scale=SCALE, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k
+    )
+    assert got is out
+    torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name):
+    kernel = kernel_for(name, {}, head_dim=64, backward=True)
+    q, k, v = (x.requires_grad_() for x in tensors((sum(Q_LENS),), (sum(K_LENS),), 64))
+    cu = {"cu_seqlens_q": ends(Q_LENS), "cu_seqlens_k": ends(K_LENS)}
+    out, _ = kernel.forward(
+        q, k, v, softmax_scale=SCALE, max_seqlen_q=max(Q_LENS), max_seqlen_k=max(K_LENS), **cu
+    )
+    weights = torch.randn_like(out)
+    got = torch.autograd.grad(out, (q, k, v), weights)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want_out, _ = reference.forward(*wide, softmax_scale=SCALE, **cu)
+    want = torch.autograd.grad(want_out, wide, weights.double())
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=5e-2, rtol=5e-2)
