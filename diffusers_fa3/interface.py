@@ -1,0 +1,314 @@
+"""FlashAttention-3's own functions, on any kernel, with the `out` contract of `call_kernel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import InputError, KernelUnavailableError
+from diffusers_fa3.interface_checks import (
+    check_lengths,
+    check_new_keys,
+    check_tensors,
+    read_window,
+    refuse_arguments,
+)
+from diffusers_fa3.out import check_out, needs_grad
+from diffusers_fa3.providers import Kernel, KernelChoice, Request, read_machine, select
+from diffusers_fa3.providers.adapt import is_default
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    kernel: KernelChoice = "auto",
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within samples that lie end to end, with FlashAttention-3's arguments in its order.
+
+    A sample without keys gives 0, with a log-sum-exp of -inf.
+
+    Args:
+        q: (Tq, H, D); FlashAttention-3's head sizes and dtypes, or the reference's.
+        k: (Tk, Hk, D), of q's dtype and device; H is a multiple of Hk.
+        v: (Tk, Hk, Dv), likewise.
+        cu_seqlens_q: int32 (B + 1), where each sample's queries begin and end; the last is Tq.
+        cu_seqlens_k: int32 (B + 1), likewise for keys.
+        max_seqlen_q: the longest sample's queries, or more.
+        max_seqlen_k: likewise for keys.
+        seqused_q: refused.
+        seqused_k: int32 (B,), how many of a sample's keys are valid, from its first.
+        softmax_scale: factor of the logits; None is D ** -0.5.
+        causal: the last query of a sample sees all its keys, the one before all but one, ...
+        qv: refused.
+        q_descale: fp32 (B, Hk), for float8.
+        k_descale: likewise.
+        v_descale: likewise.
+        window_size: keys seen to the left and right of a query's own, -1 for all.
+        attention_chunk: refused, unless 0.
+        softcap: bound of the logits by tanh, 0 for none.
+        num_splits: refused, unless 1.
+        pack_gqa: refused, unless None: a kernel chooses by itself.
+        deterministic: refused where gradients are needed; the forward always is.
+        sm_margin: refused, unless 0.
+        return_attn_probs: FlashAttention's name of `return_lse`.
+        kernel: "auto", a name from `available_kernels()`, or a function with these arguments.
+        out: (Tq, H, Dv), of q's dtype; receives the result and is returned. Not with autograd.
+        return_lse: also return the log-sum-exp, fp32 (H, Tq), natural log.
+
+    Returns:
+        (Tq, H, Dv), or that and the log-sum-exp.
+
+    Raises:
+        InputError: arguments that do not belong together, or that no kernel here takes.
+        KernelUnavailableError: no kernel can serve, or not the one asked for.
+    """
+    check_tensors(q, k, v, rank=3)
+    check_lengths("cu_seqlens_q", cu_seqlens_q, q, None)
+    samples = len(cu_seqlens_q) - 1
+    check_lengths("cu_seqlens_k", cu_seqlens_k, q, samples + 1)
+    if seqused_k is not None:
+        check_lengths("seqused_k", seqused_k, q, samples)
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(value, int) or value < 0:
+            raise InputError(f"{name} must be an int on the host, not negative; got {value!r}")
+    backward = needs_grad(q, k, v)
+    refuse_arguments(
+        seqused_q=seqused_q,
+        qv=qv,
+        attention_chunk=attention_chunk,
+        num_splits=num_splits - 1,
+        pack_gqa=pack_gqa,
+        deterministic=deterministic and backward,
+        sm_margin=sm_margin,
+    )
+    if out is not None:
+        check_out(out, q, v, others=(k,))
+    return_lse = return_lse or return_attn_probs
+    window = read_window(window_size)
+    chosen = select(
+        Request(
+            dtype=q.dtype,
+            head_dim=q.shape[-1],
+            head_dim_v=v.shape[-1],
+            seqused_k=seqused_k is not None,
+            window=window != (-1, -1),
+            softcap=softcap != 0,
+            lse=return_lse,
+            backward=backward,
+        ),
+        read_machine(q.device),
+        kernel,
+    )
+    result, lse = chosen.forward(
+        q,
+        k,
+        v,
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        out=out,
+        return_lse=return_lse,
+    )
+    return result if lse is None else (result, lse)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    kernel: KernelChoice = "auto",
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a key-value cache, into which new keys are first written, in place.
+
+    FlashAttention-3's arguments in its order. A kernel refuses what it has no argument for; the
+    reference takes k, v, cache_seqlens, cache_batch_idx, page_table, causal, window_size, softcap.
+
+    Args:
+        q: (B, Sq, H, D), or (Tq, H, D) with cu_seqlens_q.
+        k_cache: (B or more, Sk, Hk, D), or (pages, page size, Hk, D) with page_table.
+        v_cache: likewise, with Dv.
+        k: (B, Sn, Hk, D), new keys: written behind each sample's valid ones, then attended too.
+        v: (B, Sn, Hk, Dv), likewise.
+        qv: (B, Sq, H, Dv), where the kernel has it.
+        rotary_cos: (length, D // 2), where the kernel has it, and rotary_sin.
+        rotary_sin: likewise.
+        cache_seqlens: int32 (B,), or one int: valid keys before the new ones; None: all.
+        cache_batch_idx: int32 (B,), each sample's row of the cache.
+        cache_leftpad: int32 (B,), where each sample's keys begin.
+        page_table: int32 (B, pages of a sample).
+        cu_seqlens_q: int32 (B + 1), for packed queries.
+        cu_seqlens_k_new: int32 (B + 1), for packed new keys.
+        max_seqlen_q: with cu_seqlens_q.
+        rotary_seqlens: int32 (B,).
+        q_descale: fp32 (B, Hk), for float8.
+        k_descale: likewise.
+        v_descale: likewise.
+        softmax_scale: factor of the logits; None is D ** -0.5.
+        causal: bottom-right aligned over the valid keys with the new ones.
+        window_size: keys seen to the left and right of a query's own, -1 for all.
+        attention_chunk: where the kernel has it.
+        softcap: bound of the logits by tanh, 0 for none.
+        rotary_interleaved: with rotary_cos.
+        scheduler_metadata: where the kernel has it.
+        num_splits: into how many parts a sample's keys are split; 0 lets the kernel choose.
+        pack_gqa: None lets the kernel choose.
+        sm_margin: multiprocessors left free.
+        return_softmax_lse: FlashAttention's name of `return_lse`.
+        kernel: "auto" or a name from `available_kernels()`.
+        out: q's shape with Dv, of q's dtype; receives the result and is returned.
+        return_lse: also return the log-sum-exp, fp32 (B, H, Sq), or (H, Tq) for packed queries.
+
+    Returns:
+        The output, or that and the log-sum-exp. (FlashAttention adds its scratch to these.)
+
+    Raises:
+        InputError: arguments that do not belong together; autograd, which no cache kernel records.
+        KernelUnavailableError: no kernel can serve, or not the one asked for.
+    """
+    check_tensors(q, k_cache, v_cache, rank=4 if cu_seqlens_q is None else 3, rank_k=4)
+    check_new_keys(k, v, k_cache, v_cache)
+    written = [x for x in (k, v) if x is not None]
+    if needs_grad(q, k_cache, v_cache, *written):
+        raise InputError("attention over a cache records no gradient; call under torch.no_grad()")
+    if out is not None:
+        check_out(out, q, v_cache, others=(k_cache, *written))
+    samples = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    if cache_batch_idx is not None:
+        check_lengths("cache_batch_idx", cache_batch_idx, q, samples)
+    elif page_table is None and len(k_cache) != samples:
+        raise InputError(f"the cache must have a row for each sample; {len(k_cache)} for {samples}")
+    if k is not None and cu_seqlens_k_new is None and len(k) != samples:
+        raise InputError(f"k and v must have new keys for each sample; {len(k)} for {samples}")
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((samples,), cache_seqlens, dtype=torch.int32, device=q.device)
+    elif cache_seqlens is not None:
+        check_lengths("cache_seqlens", cache_seqlens, q, samples)
+    if k is not None and cache_seqlens is None:
+        raise InputError("k and v need cache_seqlens: behind how many valid keys they belong")
+
+    return_lse = return_lse or return_softmax_lse
+    window = read_window(window_size)
+    chosen = select(
+        Request(
+            dtype=q.dtype,
+            head_dim=q.shape[-1],
+            head_dim_v=v_cache.shape[-1],
+            varlen=cu_seqlens_q is not None,
+            window=window != (-1, -1),
+            softcap=softcap != 0,
+            lse=return_lse,
+            kvcache=True,
+        ),
+        read_machine(q.device),
+        kernel,
+    )
+    asked: dict[str, Any] = {
+        "k": k,
+        "v": v,
+        "qv": qv,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "cache_seqlens": cache_seqlens,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "page_table": page_table,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "max_seqlen_q": max_seqlen_q,
+        "rotary_seqlens": rotary_seqlens,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "causal": causal,
+        "window_size": window,
+        "attention_chunk": attention_chunk,
+        "softcap": softcap,
+        "scheduler_metadata": scheduler_metadata,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "sm_margin": sm_margin,
+    }
+    asked = {name: value for name, value in asked.items() if not is_default(value)}
+    if rotary_cos is not None:
+        asked["rotary_interleaved"] = rotary_interleaved
+    result, lse = _cache_entry(chosen)(
+        q,
+        k_cache,
+        v_cache,
+        **asked,
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        out=out,
+        return_lse=return_lse,
+    )
+    return result if lse is None else (result, lse)
+
+
+def _cache_entry(kernel: Kernel) -> Any:
+    if kernel.kvcache is None:
+        raise KernelUnavailableError(f"{kernel.name} has no entry for a key-value cache")
+    return kernel.kvcache
