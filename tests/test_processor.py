@@ -298,8 +298,10 @@ def test_dropout_goes_to_the_default_attention() -> None:
 # --- plans are found again -----------------------------------------------------------------------
 
 
-class Rebuilding(AttnProcessor2_0):
-    """Not of diffusers: nothing is known of how it makes its mask from what it was given."""
+class Shifting(AttnProcessor2_0):
+    """Makes its mask from what it was given and from a state of which nothing is known."""
+
+    shift = 0
 
     def __call__(
         self,
@@ -307,10 +309,21 @@ class Rebuilding(AttnProcessor2_0):
         hidden_states: torch.Tensor,
         encoder_hidden_states: None = None,
         attention_mask: torch.Tensor | None = None,
-        shift: int = 0,
     ) -> object:
-        mask = torch.zeros(2, 1, 6).masked_fill(~attention_mask.roll(shift, -1)[:, None], -1e4)
+        self.shift += 1
+        mask = torch.zeros(2, 1, 6).masked_fill(~attention_mask.roll(self.shift, -1)[:, None], -1e4)
         return super().__call__(attn, hidden_states, attention_mask=mask)
+
+
+class TwoCalls:
+    """Two attention calls on different masks of one shape, as some of diffusers' processors do."""
+
+    def __call__(
+        self, attn: Attention, x: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        x, mask = x[:, None], attention_mask[:, None, None]
+        one = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        return one + F.scaled_dot_product_attention(x, x, x, attn_mask=mask.flip(-1))
 
 
 def test_a_mask_is_read_once_for_all_layers_that_are_given_it() -> None:
@@ -326,13 +339,26 @@ def test_a_mask_is_read_once_for_all_layers_that_are_given_it() -> None:
 
 
 def test_an_unknown_processor_has_its_masks_read_each_time() -> None:
-    attn, plain = layer(Rebuilding()), layer(Rebuilding())
+    attn, plain = layer(Shifting()), layer(Shifting())
     enable_fa3(attn, kernel="reference", fallback="error")
-    for shift in range(4):
-        output = attn(states(), attention_mask=GAP, shift=shift)
-        expected = plain(states(), attention_mask=GAP, shift=shift)
-        torch.testing.assert_close(output, expected)
+    for _ in range(4):
+        output = attn(states(), attention_mask=GAP)
+        torch.testing.assert_close(output, plain(states(), attention_mask=GAP))
     assert coverage(attn).plans_made == 4
+
+
+def test_each_attention_call_of_a_processor_has_its_own_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TwoCalls, "__module__", "diffusers.models")  # as if it were one of theirs
+    wrapped = FA3AttnProcessor(TwoCalls(), kernel="reference", fallback="error")
+    mask = torch.arange(6) < torch.tensor([[2], [5]])
+    for _ in range(2):
+        output = wrapped(None, states(), attention_mask=mask)
+        torch.testing.assert_close(output, TwoCalls()(None, states(), attention_mask=mask))
+    record = layer_of(wrapped)
+    assert record is not None
+    assert (record.plans_made, record.plans_reused) == (2, 2)
 
 
 def test_a_mask_edited_in_place_is_read_again() -> None:

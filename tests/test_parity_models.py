@@ -1,0 +1,161 @@
+"""Real diffusers models on the reference kernel give what they give on their own processors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zoo import CASES, RUN_IDS, RUNS, Case, Layout
+from zoo.budget import assert_within_budget
+from zoo.case import BATCH, cast
+from zoo.watch import watched
+
+from diffusers_fa3 import coverage, disable_fa3, enable_fa3
+
+VARLEN = ("packed", "seqused")
+BY_NAME = {case.name: case for case in CASES}
+
+every_run = pytest.mark.parametrize(("case", "layout"), RUNS, ids=RUN_IDS)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def enable(model: nn.Module, case: Case) -> None:
+    """Switch to the reference kernel; only a case that says so may leave calls to the default."""
+    enable_fa3(model, kernel="reference", fallback="silent" if case.refusal else "error")
+
+
+def processors(model: nn.Module) -> dict[str, object]:
+    """Return the processor of every attention layer."""
+    modules = model.named_modules()
+    return {name: layer.processor for name, layer in modules if hasattr(layer, "processor")}
+
+
+def total(report: Mapping[str, Any], column: str) -> Counter[str]:
+    """Return the sum of a column ("calls" or "fallbacks") over all layers of a report."""
+    return sum((Counter(layer[column]) for layer in report["layers"]), Counter())
+
+
+@every_run
+def test_output_is_that_of_the_default_and_every_call_is_accounted_for(
+    case: Case, layout: Layout
+) -> None:
+    model = case.build()
+    with watched() as log:
+        default = case.run(model, layout)
+
+    enable(model, case)
+    output = case.run(model, layout)
+    assert_within_budget(output, default, case.exact(layout))
+
+    report = coverage(model).to_dict()
+    routes, reasons = total(report, "calls"), total(report, "fallbacks")
+    hiding = sum(call.hides for call in log.calls)
+    assert sum(routes[route] for route in VARLEN) + reasons.total() == hiding
+    assert routes["dense"] == len(log.calls) - hiding
+    assert report["fallbacks"] == reasons.total()
+    if case.refusal is None or not log.hides:
+        assert report["calls"] == len(log.calls)
+        assert report["fallbacks"] == 0
+    if log.hides:
+        assert any(routes[route] for route in VARLEN)
+
+
+@every_run
+def test_only_the_calls_a_case_names_fall_back(case: Case, layout: Layout) -> None:
+    model = case.build()
+    enable(model, case)
+    case.run(model, layout)
+    for layer in coverage(model).to_dict()["layers"]:
+        for reason in layer["fallbacks"]:
+            assert case.refusal is not None
+            assert re.search(case.refusal.layer, layer["name"])
+            assert re.search(case.refusal.reason, reason)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.refusal], ids=lambda case: case.name
+)
+def test_a_refused_call_raises_if_fallback_is_an_error(case: Case) -> None:
+    model = case.build()
+    enable_fa3(model, kernel="reference", fallback="error")
+    with pytest.raises(ValueError, match=case.refusal.reason):
+        case.run(model, "ragged")
+    case.run(model, "all_true")  # nothing is hidden: the kernel serves
+
+
+@every_case
+def test_disabling_gives_back_the_same_processors_and_the_same_output(case: Case) -> None:
+    model = case.build()
+    layout = case.layouts[-1]
+    before, default = processors(model), case.run(model, layout)
+    assert before
+
+    enable(model, case)
+    case.run(model, layout)
+    during = processors(model)
+    assert during.keys() == before.keys()
+    for name, processor in during.items():
+        assert processor is not before[name]
+        assert isinstance(processor, type(before[name]))
+
+    disable_fa3(model)
+    after = processors(model)
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+    assert torch.equal(case.run(model, layout), default)
+
+
+@every_case
+def test_state_dict_stays_the_same_while_enabled(case: Case) -> None:
+    model = case.build()
+    before = model.state_dict()
+    enable(model, case)
+    during = model.state_dict()
+    assert list(during) == list(before)
+    assert all(during[name].data_ptr() == before[name].data_ptr() for name in before)
+
+
+@pytest.mark.parametrize("name", ["chroma", "flux", "krea2", "pixart", "qwenimage", "unet_sd15"])
+def test_one_prompt_after_another_each_gets_its_own_mask(name: str) -> None:
+    case, model = BY_NAME[name], BY_NAME[name].build()
+    defaults = {layout: case.run(model, layout) for layout in case.layouts}
+    enable(model, case)
+    for layout in (*case.layouts, *reversed(case.layouts)):
+        assert_within_budget(case.run(model, layout), defaults[layout], case.exact(layout))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [("qwenimage", "encoder_hidden_states_mask"), ("lumina2", "encoder_attention_mask")],
+)
+def test_each_prompt_of_a_ragged_batch_gives_what_it_gives_alone(name: str, mask: str) -> None:
+    case = BY_NAME[name]
+    batch = case.inputs("ragged", 0.0)
+    model, exact = case.build(), case.build(torch.float64)
+    enabled = case.build()
+    enable(enabled, case)
+    together = case.run(enabled, "ragged")
+
+    for i in range(BATCH):
+        alone = {key: value[i : i + 1] for key, value in batch.items()}
+        length = int(alone[mask].sum())
+        for key in ("encoder_hidden_states", mask):
+            alone[key] = alone[key][:, :length]
+        with torch.no_grad():
+            default = model(**alone, return_dict=False)[0]
+            reference = exact(**cast(alone, torch.float64), return_dict=False)[0]
+        assert_within_budget(together[i : i + 1], default, reference)
+
+
+@every_case
+def test_bfloat16_is_as_close_as_the_default_in_bfloat16(case: Case) -> None:
+    model = case.build(torch.bfloat16)
+    layout = case.layouts[-1]
+    default = case.run(model, layout)
+    enable(model, case)
+    assert_within_budget(case.run(model, layout), default, case.exact(layout))
