@@ -1,0 +1,125 @@
+"""The two tables of the README: measured here, on every model and padding layout of the zoo."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusers.models import attention_dispatch
+from zoo import CASES, Case, Layout
+from zoo.budget import budget, error
+
+from diffusers_fa3 import coverage, enable_fa3, flash_attn_varlen_func
+
+LAYOUTS: tuple[Layout, ...] = ("none", "all_true", "right", "left", "ragged", "gap")
+BACKENDS = ("_flash_3", "_flash_varlen_3", "_flash_3_varlen_hub")
+
+
+def routes_table() -> str:
+    """Which route each model takes with each layout of padding."""
+    head = ["model", *(layout.replace("_", "-") for layout in LAYOUTS)]
+    rows = [[f"`{case.name}`", *(routes(case, layout) for layout in LAYOUTS)] for case in CASES]
+    return markdown([head, *rows])
+
+
+def upstream_table() -> str:
+    """What diffusers' backends make of the same masks, where they reach the model at all."""
+    rows = []
+    for case in CASES:
+        layouts = [layout for layout in case.layouts if layout not in ("none", "all_true")]
+        if layouts:
+            rows.append(
+                [f"`{case.name}`", *(verdicts(case, layouts, backend) for backend in BACKENDS)]
+            )
+    return markdown([["model", *(f"`{backend}`" for backend in BACKENDS)], *rows])
+
+
+def routes(case: Case, layout: Layout) -> str:
+    """The routes of one forward; "default" where the default attention served a call."""
+    if layout not in case.layouts:
+        return ""
+    model = case.build()
+    enable_fa3(model, kernel="reference", fallback="silent")
+    case.run(model, layout)
+    report = coverage(model)
+    found = Counter(route for row in report.rows for route in row.calls)
+    return ", ".join([*sorted(found), *(["default"] if report.fallbacks else [])])
+
+
+def verdicts(case: Case, layouts: list[Layout], backend: str) -> str:
+    """What a backend of diffusers makes of each layout, the same verdicts together."""
+    by_verdict: dict[str, list[str]] = {}
+    for layout in layouts:
+        by_verdict.setdefault(verdict(case, layout, backend), []).append(layout)
+    if len(by_verdict) == 1:
+        return next(iter(by_verdict))
+    return "; ".join(f"{', '.join(names)}: {what}" for what, names in by_verdict.items())
+
+
+def verdict(case: Case, layout: Layout, backend: str) -> str:
+    """One forward on a backend of diffusers, with exact mathematics as its kernel."""
+    default, exact = case.run(case.build(), layout), case.exact(layout)
+    model = case.build()
+    for module in model.modules():
+        if hasattr(getattr(module, "processor", None), "_attention_backend"):
+            module.processor._attention_backend = backend
+    with exact_kernels() as reached:
+        try:
+            output = case.run(model, layout)
+        except (ValueError, RuntimeError):
+            return "raises"
+    if not reached:
+        return "not reached"
+    return "equal" if error(output, exact) <= budget(default, exact) else "**wrong**"
+
+
+@contextmanager
+def exact_kernels() -> Iterator[list[str]]:
+    """Exact mathematics in place of the CUDA kernels of diffusers' backends; lists their calls."""
+    reached: list[str] = []
+
+    def kernel(*args: object, **arguments: object) -> object:
+        reached.append("call")
+        return flash_attn_varlen_func(*args, **arguments, kernel="reference")
+
+    hub = attention_dispatch._HUB_KERNELS_REGISTRY[
+        attention_dispatch.AttentionBackendName._FLASH_3_VARLEN_HUB
+    ]
+    before = getattr(attention_dispatch, "flash_attn_3_varlen_func", None), hub.kernel_fn
+    attention_dispatch.flash_attn_3_varlen_func = hub.kernel_fn = kernel
+    try:
+        yield reached
+    finally:
+        attention_dispatch.flash_attn_3_varlen_func, hub.kernel_fn = before
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+TABLES = {"routes": routes_table, "upstream": upstream_table}
+
+
+def table_in(text: str, name: str) -> str:
+    """The table of the README that `name` marks."""
+    return text.split(f"<!-- table: {name} -->\n")[1].split("<!-- /table -->")[0].strip()
+
+
+def main() -> None:
+    """Measure both tables and write them into the README."""
+    readme = Path(__file__).parents[1] / "README.md"
+    text = readme.read_text()
+    for name, table in TABLES.items():
+        start = f"<!-- table: {name} -->\n"
+        before, after = text.split(start)
+        _, rest = after.split("<!-- /table -->", 1)
+        text = f"{before}{start}{table()}\n<!-- /table -->{rest}"
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
