@@ -118,7 +118,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), metavar="PROMPT")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--kernel", default="auto", help="a name that `diffusers-fa3 info` lists")
+    parser.add_argument("--kernel", default="auto", help="a name from `available_kernels()`")
     parser.add_argument("--seed", type=int, default=4, help="of the first picture")
     parser.add_argument("--out", type=Path, default=Path("quickstart.png"))
     return parser.parse_args()

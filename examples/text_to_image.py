@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         choices=("bfloat16", "float16", "float32"),
         help="default: bfloat16 on a GPU, which every FA3 kernel takes; float32 on a CPU",
     )
-    parser.add_argument("--kernel", default="auto", help="a name that `diffusers-fa3 info` lists")
+    parser.add_argument("--kernel", default="auto", help="a name from `available_kernels()`")
     parser.add_argument("--out", type=Path, default=Path("text_to_image.png"))
     return parser.parse_args()
 

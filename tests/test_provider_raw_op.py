@@ -48,7 +48,6 @@ def test_each_argument_of_a_packed_call_lands_in_its_slot(name):
     asked = {
         "q": q,
         "k": k,
-        "v": v,
         "cu_seqlens_q": cu_q,
         "cu_seqlens_k": cu_k,
         "seqused_k": used,
@@ -66,10 +65,31 @@ def test_each_argument_of_a_packed_call_lands_in_its_slot(name):
         "num_splits": 1,
     }
     assert {argument: got[argument] for argument in plain} == plain
-    rest = got.keys() - asked.keys() - plain.keys() - {"is_rotary_interleaved", "cp_world_size"}
+    assert torch.equal(got["v"][[0, 2, 3, 4, 5]], v[[0, 2, 3, 4, 5]])
+    assert not got["v"][[1, 6]].any()  # behind the 1 and 4 valid keys
+    rest = (
+        got.keys()
+        - asked.keys()
+        - plain.keys()
+        - {"v"}
+        - {"is_rotary_interleaved", "cp_world_size"}
+    )
     assert not any(got[argument] for argument in rest)
     assert out.shape == q.shape
     assert lse.shape == (2, 7)
+
+
+@every_op
+def test_values_behind_valid_keys_never_reach_the_op(name):
+    q, k, v = tensors(2, 5, 2, 8)
+    v[0, 3:], v[1, 1:] = torch.nan, torch.inf
+    RawOp(OPS[name].op, name).forward(q, k, v, softmax_scale=SCALE, seqused_k=ends(3, 1))
+    got = OPS[name].last["v"]
+    assert torch.equal(got[0, :3], v[0, :3])
+    assert torch.equal(got[1, :1], v[1, :1])
+    assert not got[0, 3:].any()
+    assert not got[1, 1:].any()
+    assert v.isnan().any()  # the caller's own is not touched
 
 
 @every_op

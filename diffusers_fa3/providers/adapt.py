@@ -14,16 +14,19 @@ from diffusers_fa3.providers.contract import Forward
 Result = tuple[Tensor, Tensor | None]
 
 
-def answer_empty(forward: Forward) -> Forward:
-    """`forward`, which is not asked where there is no key or no query in the whole call.
+def shielded(forward: Forward) -> Forward:
+    """`forward`, which sees neither calls without any key or query, nor values behind valid keys.
 
-    FlashAttention-3 says +inf for the log-sum-exp of such a call, others fail.
+    Of a call without a key FlashAttention-3 says that the log-sum-exp is +inf; others fail.
     """
 
     def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
-        if q.numel() and k.numel():
-            return forward(q, k, v, **options)
-        return without_keys(q, v, options.get("out"), options.get("return_lse", False))
+        if not (q.numel() and k.numel()):
+            return without_keys(q, v, options.get("out"), options.get("return_lse", False))
+        seqused_k = options.get("seqused_k")
+        if seqused_k is not None:
+            v = without_padding(v, seqused_k, options.get("cu_seqlens_k"))
+        return forward(q, k, v, **options)
 
     return call
 
@@ -76,6 +79,21 @@ def dense_as_packed(forward: Forward) -> Forward:
 
 def _ends(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(0, (batch + 1) * length, max(length, 1), dtype=torch.int32, device=device)
+
+
+def without_padding(v: Tensor, seqused_k: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
+    """`v` with 0 in the rows behind each sample's valid ones.
+
+    FlashAttention-3 reads keys in tiles, and gives what lies behind the last valid one in its tile
+    a weight of 0, which NaN and inf in v survive (in k they do not): seen on an H100.
+    """
+    row = torch.arange(v.shape[-3], dtype=torch.int32, device=v.device)
+    if cu_seqlens_k is None:
+        padding = row >= seqused_k[:, None]
+    else:
+        sample = torch.bucketize(row, cu_seqlens_k[1:], right=True).clamp_(max=len(seqused_k) - 1)
+        padding = row >= (cu_seqlens_k[:-1] + seqused_k)[sample]
+    return v.masked_fill(padding[..., None, None], 0)
 
 
 def dense_last_axis(x: Tensor) -> Tensor:

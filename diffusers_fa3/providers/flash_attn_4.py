@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.out import invoke, needs_grad
-from diffusers_fa3.providers.adapt import Result, answer_empty, dense_last_axis, refuse
+from diffusers_fa3.providers.adapt import Result, dense_last_axis, refuse, shielded
 from diffusers_fa3.providers.build_flags import version_of
 from diffusers_fa3.providers.contract import Forward, Kernel, Limits, Provider
 from diffusers_fa3.signature import read_signature
@@ -70,7 +70,7 @@ def bind(
             raise KernelUnavailableError("flash_attn_4 returned no log-sum-exp")
         return result, lse if return_lse else None
 
-    return answer_empty(call)
+    return shielded(call)
 
 
 def _load() -> Kernel:

@@ -12,11 +12,11 @@ from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.out import invoke, name_of, needs_grad
 from diffusers_fa3.providers.adapt import (
     Result,
-    answer_empty,
     dense_as_packed,
     empty_rows_minus_inf,
     is_default,
     refuse,
+    shielded,
 )
 from diffusers_fa3.providers.contract import FLOAT8, HALF, Forward, Kernel, Limits
 from diffusers_fa3.providers.raw_op import RawOp
@@ -48,10 +48,10 @@ def public_forward(
     """
     if varlen is None:
         assert dense is not None
-        return answer_empty(_forward(dense))
+        return shielded(_forward(dense))
     by_varlen = dense_as_packed(_forward(varlen))
     if dense is None:
-        return answer_empty(by_varlen)
+        return shielded(by_varlen)
     by_dense = _forward(dense)
 
     def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
@@ -59,7 +59,7 @@ def public_forward(
         packed = options.get("cu_seqlens_q") is not None or options.get("seqused_k") is not None
         return (by_varlen if packed else by_dense)(q, k, v, **options)
 
-    return answer_empty(call)
+    return shielded(call)
 
 
 def _forward(function: Callable[..., Any]) -> Forward:

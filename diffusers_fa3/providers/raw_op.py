@@ -14,7 +14,13 @@ from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.out import deliver, fits_kernels
-from diffusers_fa3.providers.adapt import Result, dense_last_axis, refuse, without_keys
+from diffusers_fa3.providers.adapt import (
+    Result,
+    dense_last_axis,
+    refuse,
+    without_keys,
+    without_padding,
+)
 from diffusers_fa3.providers.contract import Forward
 from diffusers_fa3.signature import overload
 
@@ -114,9 +120,10 @@ class RawOp:
         return_lse: bool = False,
     ) -> Result:
         """See `Forward`."""
-        # With no key in the whole call the op's log-sum-exp is +inf, not -inf.
-        if not (q.numel() and k.numel()):
+        if not (q.numel() and k.numel()):  # what `shielded` does, at half its price
             return without_keys(q, v, out, return_lse)
+        if seqused_k is not None:
+            v = without_padding(v, seqused_k, cu_seqlens_k)
         arguments, place = self._fill.copy(), self._place
         arguments[place["softmax_scale"]] = float(softmax_scale)
         arguments[place["seqused_k"]] = seqused_k

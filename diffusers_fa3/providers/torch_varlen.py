@@ -14,12 +14,12 @@ from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.out import deliver, fits_kernels, needs_grad
 from diffusers_fa3.providers.adapt import (
     Result,
-    answer_empty,
     dense_as_packed,
     dense_last_axis,
     empty_rows_minus_inf,
     is_default,
     refuse,
+    shielded,
 )
 from diffusers_fa3.providers.contract import Kernel, Limits, Provider
 from diffusers_fa3.signature import read_signature
@@ -105,7 +105,7 @@ def load() -> Kernel:
         "torch_varlen",
         torch.__version__,
         limits,
-        answer_empty(dense_as_packed(forward)),
+        shielded(dense_as_packed(forward)),
         out="copy" if into is None else "native",
     )
 

@@ -78,9 +78,9 @@ class Case:
         return nn.Module.to(model.eval(), dtype)  # ModelMixin.to logs a warning, even for float32
 
     def run(self, model: nn.Module, layout: Layout, pads: float = 0.0) -> torch.Tensor:
-        """Return the output of one forward, with floating inputs in the dtype of the model."""
-        dtype = next(model.parameters()).dtype
-        inputs = cast(self.inputs(layout, pads), dtype)
+        """Return the output of one forward, inputs on the device and in the dtype of the model."""
+        weight = next(model.parameters())
+        inputs = cast(self.inputs(layout, pads), weight.dtype, weight.device)
         with torch.no_grad():
             return self.pick(model(**inputs, return_dict=False))
 
@@ -100,14 +100,14 @@ def fill_zeros(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.2)
 
 
-def cast(inputs: Any, dtype: torch.dtype) -> Any:
-    """Return nested `inputs` with every floating tensor in `dtype`."""
+def cast(inputs: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """Return nested `inputs` on `device`, every floating tensor in `dtype`."""
     if isinstance(inputs, torch.Tensor):
-        return inputs.to(dtype) if inputs.is_floating_point() else inputs
+        return inputs.to(device, dtype if inputs.is_floating_point() else None)
     if isinstance(inputs, dict):
-        return {name: cast(value, dtype) for name, value in inputs.items()}
+        return {name: cast(value, dtype, device) for name, value in inputs.items()}
     if isinstance(inputs, (list, tuple)):
-        return type(inputs)(cast(value, dtype) for value in inputs)
+        return type(inputs)(cast(value, dtype, device) for value in inputs)
     return inputs
 
 
