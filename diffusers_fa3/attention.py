@@ -69,7 +69,7 @@ def attend(
         head_dim=q.shape[-1],
         head_dim_v=v.shape[-1],
         varlen=mask is not None,
-        seqused_k=isinstance(mask, PackingPlan) and mask.route == "seqused",
+        seqused_k=isinstance(mask, PackingPlan) and mask.seqused_k is not None,
         lse=return_lse,
         backward=torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad),
@@ -168,11 +168,15 @@ def _plan(
 ) -> Plan:
     if isinstance(mask, PackingPlan):
         return mask
+    # A captured graph can read nothing back, and a plan kept from elsewhere would be frozen in it.
+    captured = mask is not None and mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured and not seqused:
+        return Opaque("mask in a CUDA graph, on a kernel without seqused_k")
 
     def make() -> Plan:
-        return try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused)
+        return try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused, static=captured)
 
-    if mask is None or find_plan is None:
+    if mask is None or find_plan is None or captured:
         return make()
     return find_plan(mask, (sizes, axes_2d, seqused), make)
 

@@ -123,6 +123,23 @@ def read_mask(
     )
 
 
+def keys_by_structure(
+    mask: Tensor, *, batch: int, heads: int, q_len: int, k_len: int, axes_2d: Axes2D = "bk"
+) -> Tensor | Opaque:
+    """The keys that `mask` leaves valid, (B or 1, Sk) bool, where no value need be read to say so.
+
+    That is a bool or int mask which has one row per sample, by its shape or by being expanded.
+    Arguments and errors are those of `read_mask`, but that an int mask of other numbers than 0 and
+    1 goes unnoticed: what is not 0 is seen.
+    """
+    mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
+    if mask.is_floating_point():
+        return Opaque("additive mask, of which only its values tell whether it is a bias")
+    if mask.shape[1] > 1 or mask.shape[2] > 1:
+        return Opaque("mask of which only its values tell whether queries or heads differ")
+    return mask[:, 0, 0] != 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Facts:
     """What had to be known of the mask's content, after one transfer to the host."""

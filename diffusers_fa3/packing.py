@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import MaskError
-from diffusers_fa3.masks import AllValid, Axes2D, Opaque, Valid, read_mask
+from diffusers_fa3.masks import (
+    AllValid,
+    Axes2D,
+    Opaque,
+    Valid,
+    keys_by_structure,
+    read_mask,
+)
 
-Route = Literal["dense", "seqused", "packed"]
+Route = Literal["dense", "seqused", "packed", "static"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +33,8 @@ class PackingPlan:
             number of valid keys.
         packed: valid keys are gathered, samples end to end; queries too where whole rows are
             masked, and then the other rows of the output are 0.
+        static: nothing was read from the mask, as in a CUDA graph; all keys are copied, the valid
+            ones of each sample to the front, with their number.
     """
 
     route: Route
@@ -33,7 +42,7 @@ class PackingPlan:
     q_len: int
     k_len: int
     seqused_k: Tensor | None = None
-    """int32 (B,): valid keys of each sample. Route seqused."""
+    """int32 (B,): valid keys of each sample. Routes seqused and static."""
     cu_seqlens_q: Tensor | None = None
     """int32 (B + 1,): where each sample's queries begin and end. Route packed, as all below."""
     cu_seqlens_k: Tensor | None = None
@@ -42,10 +51,12 @@ class PackingPlan:
     indices_q: Tensor | None = None
     """int64 (Tq,): positions in B * Sq of the queries that are kept; None: all of them."""
     indices_k: Tensor | None = None
-    """int64 (Tk,): positions in B * Sk of the valid keys."""
+    """int64 (Tk,): positions in B * Sk of the valid keys; (B * Sk,), of all keys, on static."""
 
     def pack(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, H, D) tensors as the kernel takes them: (T, H, D) on route packed."""
+        if self.route == "static":
+            return q, _take(k, self.indices_k).view_as(k), _take(v, self.indices_k).view_as(v)
         if self.route != "packed":
             return q, k, v
         return (
@@ -103,6 +114,7 @@ def plan_packing(
     heads: int = 1,
     axes_2d: Axes2D = "bk",
     seqused: bool = True,
+    static: bool = False,
 ) -> PackingPlan:
     """The plan for one mask: reads it once, and builds everything a kernel must be told.
 
@@ -116,12 +128,16 @@ def plan_packing(
         heads: H.
         axes_2d: "bk" reads a 2-D mask as (B, Sk), "qk" as (Sq, Sk).
         seqused: whether route seqused may be taken; a few kernels lack it.
+        static: read nothing from the mask, which must then be bool or int, one row per sample. In
+            a CUDA graph the plan is made again by every replay, from what the mask holds then.
 
     Raises:
         MaskError: the mask does not broadcast to (B, H, Sq, Sk), its values have no meaning, or
-            packing cannot express it: it depends on the query or the head, or is a bias.
+            packing cannot express it: it depends on the query or the head, or is a bias; or, with
+            `static`, might be such a one.
     """
-    plan = try_plan(mask, (batch, heads, q_len, k_len), axes_2d=axes_2d, seqused=seqused)
+    sizes = (batch, heads, q_len, k_len)
+    plan = try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused, static=static)
     if isinstance(plan, Opaque):
         raise MaskError(
             f"{plan.reason}; packing keeps or drops whole keys and whole queries. "
@@ -131,13 +147,22 @@ def plan_packing(
 
 
 def try_plan(
-    mask: Tensor | None, sizes: tuple[int, int, int, int], *, axes_2d: Axes2D, seqused: bool
+    mask: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    *,
+    axes_2d: Axes2D,
+    seqused: bool,
+    static: bool = False,
 ) -> PackingPlan | Opaque:
     """`plan_packing` for those who know what to do with a mask that packing cannot express."""
     batch, heads, q_len, k_len = sizes
     if mask is None:
         return _dense(batch, q_len, k_len)
-    meaning = read_mask(mask, batch=batch, heads=heads, q_len=q_len, k_len=k_len, axes_2d=axes_2d)
+    lengths = {"batch": batch, "heads": heads, "q_len": q_len, "k_len": k_len}
+    if static:
+        keys = keys_by_structure(mask, **lengths, axes_2d=axes_2d)
+        return keys if isinstance(keys, Opaque) else _plan_static(keys, batch, q_len, k_len)
+    meaning = read_mask(mask, **lengths, axes_2d=axes_2d)
     if isinstance(meaning, Opaque):
         return meaning
     if isinstance(meaning, AllValid):
@@ -170,6 +195,24 @@ def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool)
         max_seqlen_k=max(k_lens, default=0),
         indices_q=None if valid.queries is None else _indices(valid.queries, batch, sum(q_lens)),
         indices_k=_indices(valid.keys, batch, sum(k_lens)),
+    )
+
+
+def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:
+    keys = keys.expand(batch, -1)
+    valid = keys.cumsum(-1)
+    lens = valid[:, -1:]
+    every = torch.arange(batch * k_len, device=keys.device).view(batch, k_len)
+    # Where each key goes: valid ones to the front, in their order, the rest behind them.
+    place = torch.where(keys, valid - 1, lens + (~keys).cumsum(-1) - 1)
+    indices = torch.empty_like(every).scatter_(-1, place, every)
+    return PackingPlan(
+        "static",
+        batch,
+        q_len,
+        k_len,
+        seqused_k=lens.flatten().int(),
+        indices_k=indices.flatten(),
     )
 
 

@@ -236,6 +236,19 @@ def test_a_plan_stands_for_the_mask_it_was_made_of() -> None:
         assert torch.equal(attention(q, k, v, plan, kernel="reference"), expected)
 
 
+@pytest.mark.parametrize("padding", [name for name in PADDINGS if name != "none"])
+def test_a_static_plan_is_exact_too(padding: str) -> None:
+    mask = PADDINGS[padding]
+    assert mask is not None
+    x = tensors()
+    plan = plan_packing(mask, batch=B, q_len=SQ, k_len=SK, static=True)
+    q, k, v = x.to(torch.float32)
+    k, v = (t.masked_fill(~mask[:, :, None, None], torch.nan) for t in (k, v))
+    output = attention(q, k, v, plan, kernel="reference")
+    default = sdpa(*x.to(torch.float32), mask)
+    assert_within_budget(output, default, sdpa(*x.to(torch.float64), mask))
+
+
 def test_a_plan_for_other_sizes_is_refused() -> None:
     plan = plan_packing(PADDINGS["gap"], batch=B, q_len=SQ + 1, k_len=SK)
     with pytest.raises(MaskError, match=r"plan is for \(B, Sq, Sk\) = \(3, 8, 12\)"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from diffusers_fa3 import MaskError, plan_packing
 from diffusers_fa3.packing import PackingPlan
@@ -139,3 +140,54 @@ def test_a_mask_that_packing_cannot_express_is_refused_with_the_way_out() -> Non
     causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     with pytest.raises(MaskError, match=r"depends on the query; .*scaled_dot_product_attention"):
         plan_packing(causal, batch=1, q_len=4, k_len=4)
+
+
+# --- static: nothing is read -------------------------------------------------------------------
+
+
+def test_static_moves_valid_keys_to_the_front_and_counts_them() -> None:
+    plan = plan_of(
+        [[1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], seqused=False, static=True
+    )
+    assert plan.route == "static"
+    assert plan.seqused_k is not None
+    assert plan.seqused_k.dtype == torch.int32
+    assert plan.seqused_k.tolist() == [3, 4, 0]
+    q, k, _ = plan.pack(rows(SQ), rows(SK), rows(SK))
+    assert torch.equal(q, rows(SQ))
+    assert k[..., 0, 0].tolist() == [
+        [0, 4, 5, 1, 2, 3],
+        [8, 9, 10, 11, 6, 7],
+        [12, 13, 14, 15, 16, 17],
+    ]
+
+
+def test_static_reads_nothing_and_its_shapes_do_not_depend_on_the_mask() -> None:
+    with FakeTensorMode():
+        mask = torch.ones(B, SK, dtype=torch.bool)
+        plan = plan_packing(mask, **SIZES, static=True)
+        packed = plan.pack(*(torch.empty(B, length, H, D) for length in (SQ, SK, SK)))
+        assert [tuple(x.shape) for x in packed] == [(B, length, H, D) for length in (SQ, SK, SK)]
+        with pytest.raises(DataDependentOutputException):
+            plan_packing(mask, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.zeros(B, 1, 1, SK), "additive mask, of which only its values"),
+        (torch.ones(B, 1, SQ, SK, dtype=torch.bool), "whether queries or heads differ"),
+        (torch.ones(B, 2, 1, SK, dtype=torch.bool), "whether queries or heads differ"),
+    ],
+    ids=["additive", "per query", "per head"],
+)
+def test_static_refuses_what_it_would_have_to_read(mask: torch.Tensor, words: str) -> None:
+    with pytest.raises(MaskError, match=words):
+        plan_packing(mask, **SIZES, heads=2, static=True)
+
+
+def test_static_takes_a_mask_that_was_expanded() -> None:
+    mask = (torch.arange(SK) > 2).expand(B, 1, SQ, SK)
+    plan = plan_packing(mask, **SIZES, static=True)
+    assert plan.seqused_k is not None
+    assert plan.seqused_k.tolist() == [3, 3, 3]

@@ -52,9 +52,9 @@ def tensors(q_shape, k_shape, head_dim, kv_heads=2, heads=4):
     )
 
 
-def kernel_for(name, options, *, head_dim, **asked):
+def kernel_for(name, options, *, head_dim, dtype=DTYPE, **asked):
     request = Request(
-        DTYPE,
+        dtype,
         head_dim,
         head_dim,
         window=options.get("window", (-1, -1)) != (-1, -1),
@@ -82,7 +82,7 @@ def agrees(kernel, q, k, v, **options):
     if "cu_seqlens_q" in options:
         lengths = {"max_seqlen_q": max(Q_LENS), "max_seqlen_k": max(K_LENS)}
     strided = torch.full((*q.shape[:-2], 2 * q.shape[-2], q.shape[-1]), torch.nan, device="cuda")
-    strided = strided.to(DTYPE)[..., ::2, :]
+    strided = strided.to(q.dtype)[..., ::2, :]
     for out in (None, torch.full_like(q, torch.nan), strided):
         got, lse = kernel.forward(
             q, k, v, softmax_scale=SCALE, out=out, return_lse=True, **lengths, **options
@@ -172,3 +172,55 @@ def test_gradients(name):
     want = torch.autograd.grad(want_out, wide, weights.double())
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float16(name):
+    kernel = kernel_for(name, {}, head_dim=64, dtype=torch.float16)
+    q, k, v = (x.half() for x in tensors((sum(Q_LENS),), (sum(K_LENS),), 64))
+    agrees(kernel, q, k, v, cu_seqlens_q=ends(Q_LENS), cu_seqlens_k=ends(K_LENS))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_float8_with_descales(name, packed):
+    """Weights are rounded to float8 inside the kernel: 3 bits of mantissa."""
+    kernel = kernel_for(name, {}, head_dim=128, varlen=packed, dtype=torch.float8_e4m3fn)
+    shapes = ((sum(Q_LENS),), (sum(K_LENS),)) if packed else ((4, 130), (4, 200))
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in tensors(*shapes, 128))
+    descale = torch.rand(3, 4, 2, device="cuda") + 0.5  # of q, k, v; (B, Hk)
+    lengths, asked = {}, {}
+    if packed:
+        lengths = {"cu_seqlens_q": ends(Q_LENS), "cu_seqlens_k": ends(K_LENS)}
+        asked = {"max_seqlen_q": max(Q_LENS), "max_seqlen_k": max(K_LENS)}
+
+    def wide(x, factors, heads, lens):
+        per_row = factors.repeat_interleave(heads // 2, dim=1)
+        if packed:
+            per_row = per_row.repeat_interleave(torch.tensor(lens, device="cuda"), dim=0)
+            return x.double() * per_row[..., None]
+        return x.double() * per_row[:, None, :, None]
+
+    truth, _ = reference.forward(
+        wide(q, descale[0], 4, Q_LENS),
+        wide(k, descale[1], 2, K_LENS),
+        wide(v, descale[2], 2, K_LENS),
+        softmax_scale=SCALE,
+        **lengths,
+    )
+    for out in (None, torch.full(q.shape, torch.nan, dtype=torch.bfloat16, device="cuda")):
+        got, _ = kernel.forward(
+            q,
+            k,
+            v,
+            softmax_scale=SCALE,
+            q_descale=descale[0],
+            k_descale=descale[1],
+            v_descale=descale[2],
+            out=out,
+            **lengths,
+            **asked,
+        )
+        assert got.dtype == torch.bfloat16
+        assert out is None or got is out
+        assert (got.double() - truth).norm() <= 2**-4 * truth.norm()
