@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_fa3.errors import KernelUnavailableError
+from diffusers_fa3.providers.adapt import without_padding
 from diffusers_fa3.providers.raw_op import RawOp, differentiable, find_op
 from tests import schemas
 from tests.schemas import OPS
@@ -227,3 +228,10 @@ def test_gradients_go_through_the_builds_own_functions():
     with torch.no_grad():
         kernel(q, k, v, softmax_scale=SCALE)
     assert taken == ["raw", "public", "raw"]
+
+
+def test_float8_values_are_zeroed_as_well():
+    v = torch.ones(2, 5, 2, 8).to(torch.float8_e4m3fn)
+    zeroed = without_padding(v, ends(3, 0), None)
+    assert zeroed.dtype == v.dtype
+    assert zeroed.float()[:, :, 0, 0].tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]

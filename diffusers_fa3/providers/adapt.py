@@ -93,7 +93,9 @@ def without_padding(v: Tensor, seqused_k: Tensor, cu_seqlens_k: Tensor | None) -
     else:
         sample = torch.bucketize(row, cu_seqlens_k[1:], right=True).clamp_(max=len(seqused_k) - 1)
         padding = row >= (cu_seqlens_k[:-1] + seqused_k)[sample]
-    return v.masked_fill(padding[..., None, None], 0)
+    plain = v.view(torch.uint8) if v.dtype.itemsize == 1 else v  # float8 has no `where`
+    # Not masked_fill, which copies first and fills then: 130 us against 83 for 57 MB on an H100.
+    return torch.where(padding[..., None, None], 0, plain).view(v.dtype)
 
 
 def dense_last_axis(x: Tensor) -> Tensor:
