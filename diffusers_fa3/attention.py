@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_fa3.errors import FA3Error, FallbackWarning, KernelUnavailableError, MaskError
+from diffusers_fa3.errors import (
+    FA3Error,
+    FallbackWarning,
+    InputError,
+    KernelUnavailableError,
+    MaskError,
+)
 from diffusers_fa3.inputs import check_inputs
 from diffusers_fa3.masks import Axes2D, Opaque
+from diffusers_fa3.ops import traceable
 from diffusers_fa3.out import check_out
 from diffusers_fa3.packing import PackingPlan, try_plan
 from diffusers_fa3.plans import Plan
@@ -55,6 +62,7 @@ def attend(
     kernel: KernelChoice,
     axes_2d: Axes2D = "bk",
     find_plan: FindPlan | None = None,
+    owner: int = 0,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Served | Declined:
@@ -79,15 +87,22 @@ def attend(
     except KernelUnavailableError as error:
         return Declined(error.summary, error)
 
+    traced = torch.compiler.is_compiling()
+    if traced and request.backward:
+        return _declined("gradients under torch.compile", InputError)
+
     # What does the mask mean, and which plan follows?
     sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     plan = _plan(mask, sizes, axes_2d, chosen.limits.seqused_k, find_plan)
     if isinstance(plan, Opaque):
-        return Declined(plan.reason, MaskError(f"{plan.reason}; no kernel takes such a mask"))
+        return _declined(plan.reason, MaskError)
 
     # The kernel, between pack and unpack.
+    forward: Callable[..., tuple[Tensor, Tensor | None]] = chosen.forward
+    if traced and isinstance(kernel, str):
+        forward = traceable(chosen.name, plan.route, owner)
     packed_q, packed_k, packed_v = plan.pack(q, k, v)
-    result, lse = chosen.forward(
+    result, lse = forward(
         packed_q,
         packed_k,
         packed_v,
@@ -159,6 +174,10 @@ def attention(
     return answer.out if answer.lse is None else (answer.out, answer.lse)
 
 
+def _declined(reason: str, error: type[InputError]) -> Declined:
+    return Declined(reason, error(f"{reason}; no kernel takes this"))
+
+
 def _plan(
     mask: Tensor | PackingPlan | None,
     sizes: tuple[int, int, int, int],
@@ -168,17 +187,26 @@ def _plan(
 ) -> Plan:
     if isinstance(mask, PackingPlan):
         return mask
-    # A captured graph can read nothing back, and a plan kept from elsewhere would be frozen in it.
-    captured = mask is not None and mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    if captured and not seqused:
-        return Opaque("mask in a CUDA graph, on a kernel without seqused_k")
+    in_graph = mask is not None and _is_recorded(mask)
+    if in_graph and not seqused:
+        return Opaque("mask in a graph, on a kernel without seqused_k")
 
     def make() -> Plan:
-        return try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused, static=captured)
+        return try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused, static=in_graph)
 
-    if mask is None or find_plan is None or captured:
+    if mask is None or find_plan is None or in_graph:
         return make()
     return find_plan(mask, (sizes, axes_2d, seqused), make)
+
+
+def _is_recorded(mask: Tensor) -> bool:
+    """Whether the call becomes part of a graph, which can read nothing back from the device.
+
+    Nor may it hold a plan that was made from what the mask contained at some other time.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return mask.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _without_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, return_lse: bool) -> Served:

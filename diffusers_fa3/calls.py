@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from diffusers_fa3.errors import (
     UnsupportedModelError,
 )
 from diffusers_fa3.masks import Axes2D
+from diffusers_fa3.ops import note_declined
 from diffusers_fa3.plans import Plan, PlanCache
 from diffusers_fa3.providers import KernelChoice
 
@@ -45,6 +47,8 @@ class Settings:
     fallback: Fallback = "warn"
     warned: set[tuple[str, str]] = field(default_factory=set, compare=False)
     """(processor class, reason) of the warnings that were given."""
+    owner: int = field(default_factory=count(1).__next__, compare=False)
+    """By which compiled graphs know whose calls they make: they cannot count on a layer."""
 
 
 @dataclass(eq=False)
@@ -67,6 +71,9 @@ class Layer:
         refused = isinstance(error, KernelUnavailableError) and self.settings.kernel != "auto"
         if refused or self.settings.fallback == "error":
             raise error
+        if torch.compiler.is_compiling():
+            note_declined(self.settings.owner, reason, self.settings.fallback == "warn")
+            return
         self.fallbacks[reason] += 1
         warning = (type(self.processor).__name__, reason)
         if self.settings.fallback == "warn" and warning not in self.settings.warned:
@@ -92,7 +99,7 @@ class Frame:
         self.attention_calls = 0
 
     def __enter__(self) -> None:
-        self.outer = getattr(_running, "frame", None)
+        self.outer = _running.frame
         _running.frame = self
 
     def __exit__(self, failed: object, *_: object) -> None:
@@ -127,13 +134,15 @@ class Frame:
                 kernel=layer.settings.kernel,
                 axes_2d=axes_2d,
                 find_plan=self._find_plan,
+                owner=layer.settings.owner,
             )
         except InputError as error:
             answer = Declined(str(error), error)
         if isinstance(answer, Declined):
             layer.decline(answer.reason, answer.error)
             return None
-        layer.calls[answer.kernel, answer.route] += 1
+        if not torch.compiler.is_compiling():
+            layer.calls[answer.kernel, answer.route] += 1
         return answer.out
 
     def decline(self, reason: str) -> None:
@@ -200,7 +209,9 @@ def _is_of_diffusers(processor: object) -> bool:
 
 
 class _Running(threading.local):
-    frame: Frame | None = None
+    def __init__(self) -> None:
+        # On the instance from the first: Dynamo guards that it is there.
+        self.frame: Frame | None = None
 
 
 _running = _Running()

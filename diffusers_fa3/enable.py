@@ -12,7 +12,7 @@ from diffusers_fa3.calls import Fallback, Settings
 from diffusers_fa3.errors import InputError, UnsupportedModelError
 from diffusers_fa3.processor import is_request, layer_of, unwrap, wrap
 from diffusers_fa3.providers import KernelChoice, check_choice
-from diffusers_fa3.report import Coverage, row_of
+from diffusers_fa3.report import Coverage, compiled_row, row_of
 
 DENOISERS = ("transformer", "unet", "controlnet", "prior")
 """How the names of those components of a pipeline begin that are switched with it."""
@@ -90,8 +90,10 @@ def coverage(pipe_or_model: Any) -> Coverage:
     """
     named = [(name, layer.processor) for name, layer in _layers(pipe_or_model)]
     records = [(name, processor, layer_of(processor)) for name, processor in named]
+    owners = dict.fromkeys(record.settings.owner for *_, record in records if record is not None)
+    compiled = [row for row in map(compiled_row, owners) if row is not None]
     return Coverage(
-        tuple(row_of(*record) for record in records),
+        (*(row_of(*record) for record in records), *compiled),
         sum(record.plans_made for *_, record in records if record is not None),
         sum(record.plans_reused for *_, record in records if record is not None),
     )

@@ -127,7 +127,7 @@ def check_out(out: Tensor, q: Tensor, v: Tensor, others: Sequence[Tensor | None]
     shape = (*q.shape[:-1], v.shape[-1])
     if out.shape != shape:
         raise InputError(f"out must have shape {shape}; got {tuple(out.shape)}")
-    dtype = torch.bfloat16 if q.dtype.is_floating_point and q.dtype.itemsize == 1 else q.dtype
+    dtype = out_dtype(q)
     if out.dtype != dtype:
         raise InputError(f"out must have dtype {dtype} for {q.dtype} inputs; got {out.dtype}")
     if out.device != q.device:
@@ -145,6 +145,11 @@ def check_out(out: Tensor, q: Tensor, v: Tensor, others: Sequence[Tensor | None]
     for x in inputs:
         if _overlap(out, x):
             raise InputError("out must not overlap the memory of an input")
+
+
+def out_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of attention's result: that of q, but bfloat16 for float8."""
+    return torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
 
 
 def needs_grad(*tensors: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -157,7 +156,7 @@ def try_plan(
     """`plan_packing` for those who know what to do with a mask that packing cannot express."""
     batch, heads, q_len, k_len = sizes
     if mask is None:
-        return _dense(batch, q_len, k_len)
+        return PackingPlan("dense", batch, q_len, k_len)
     lengths = {"batch": batch, "heads": heads, "q_len": q_len, "k_len": k_len}
     if static:
         keys = keys_by_structure(mask, **lengths, axes_2d=axes_2d)
@@ -166,14 +165,8 @@ def try_plan(
     if isinstance(meaning, Opaque):
         return meaning
     if isinstance(meaning, AllValid):
-        return _dense(batch, q_len, k_len)
+        return PackingPlan("dense", batch, q_len, k_len)
     return _plan_valid(meaning, batch, q_len, k_len, seqused)
-
-
-@functools.lru_cache(maxsize=256)
-def _dense(batch: int, q_len: int, k_len: int) -> PackingPlan:
-    """Kept, since calls without a mask should pay for nothing."""
-    return PackingPlan("dense", batch, q_len, k_len)
 
 
 def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool) -> PackingPlan:

@@ -126,8 +126,9 @@ def _wrapped_class(cls: type) -> type:
             return own_call(self, *args, **kwargs)
 
     # diffusers sorts a layer's arguments by the signature, in every call: it is given ready-made.
-    __call__.__signature__ = inspect.signature(cls.__call__)  # type: ignore[attr-defined]
-
+    # Dynamo guards the number of defaults, which None does not have.
+    vars(__call__)["__signature__"] = inspect.signature(cls.__call__)
+    setattr(__call__, "__defaults__", ())  # noqa: B010  # for mypy, it is no function
     return type(cls)(
         cls.__name__,
         (FA3AttnProcessor, twin, cls),

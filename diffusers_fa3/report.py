@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from diffusers_fa3 import ops
 from diffusers_fa3.calls import Layer
 
 
@@ -72,6 +73,23 @@ class Coverage:
                 *(f"default attention, {n} times: {reason}" for reason, n in reasons.items()),
             ]
         )
+
+
+def compiled_row(owner: int) -> Row | None:
+    """What compiled graphs did for an owner of layers; None where there are none.
+
+    A graph cannot count on a layer, or it would be compiled anew for each: so it is one row. Calls
+    are counted as they run, but for replays of a CUDA graph; fallbacks once per compilation.
+    """
+    executed = {key: n for key, n in ops.executed.items() if key[0] == owner}
+    declined = {reason: n for (of, reason), n in ops.declined.items() if of == owner}
+    if not (executed or declined):
+        return None
+    routes: Counter[str] = Counter()
+    for (_, _, route), count in executed.items():
+        routes[route] += count
+    kernels = sorted({kernel for _, kernel, _ in executed})
+    return Row("compiled graphs", "", ", ".join(kernels), dict(routes), declined)
 
 
 def row_of(name: str, processor: Any, layer: Layer | None) -> Row:

@@ -22,6 +22,7 @@ ORDER = (
     "interface",
     "interface_checks",
     "attention",
+    "ops",
     "inputs",
     "plans",
     "packing",

@@ -41,6 +41,7 @@ before the package, which lacks seqused_k and `out` but has softcap."""
 _selector = Selector(PROVIDERS)
 select = _selector.select
 check_choice = _selector.check_choice
+kernel_named = _selector.kernel_named
 
 
 def available_kernels(device: torch.device | str | None = None) -> KernelTable:
@@ -70,6 +71,7 @@ __all__ = [
     "Request",
     "available_kernels",
     "check_choice",
+    "kernel_named",
     "read_machine",
     "rejection_reasons",
     "select",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
+from diffusers_fa3.out import out_dtype
 from diffusers_fa3.providers.contract import Forward
 
 Result = tuple[Tensor, Tensor | None]
@@ -34,8 +35,7 @@ def shielded(forward: Forward) -> Forward:
 def without_keys(q: Tensor, v: Tensor, out: Tensor | None, return_lse: bool) -> Result:
     """Attention over nothing: 0, with a log-sum-exp of -inf."""
     if out is None:
-        dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype(q))
     rows = q.shape[:-1]
     lse = None
     if return_lse:

@@ -85,9 +85,18 @@ class Selector:
         if not isinstance(kernel, str):
             self._wrapped(kernel)
         elif kernel != "auto":
-            found = self._find(kernel)
-            if isinstance(found, _Refusal):
-                raise found.error()
+            self.kernel_named(kernel)
+
+    def kernel_named(self, name: str) -> Kernel:
+        """The loaded kernel of that name, whatever it can serve here.
+
+        Raises:
+            KernelUnavailableError: the name is unknown, or its package is not there or broken.
+        """
+        found = self._find(name)
+        if isinstance(found, _Refusal):
+            raise found.error()
+        return found
 
     def available(self, machine: Machine) -> KernelTable:
         """A row per provider, judged on `machine`; those on request only if they are loaded."""

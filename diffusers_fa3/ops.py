@@ -1,0 +1,124 @@
+"""The kernel call as one op of torch.library: what torch.compile sees in place of a kernel.
+
+Raw ops of FlashAttention builds say nothing of the shapes they return, so a graph cannot hold them.
+This op can: it writes into `out`, which a graph allows an op to do, and returns the log-sum-exp
+alone, since an op must not return what it was given. Eager calls do not come this way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import FallbackWarning
+from diffusers_fa3.out import out_dtype
+from diffusers_fa3.providers import kernel_named
+
+executed: Counter[tuple[int, str, str]] = Counter()
+"""Calls that compiled graphs made: by owner (an enable_fa3, 0 for none), kernel and route."""
+
+declined: Counter[tuple[int, str]] = Counter()
+"""Calls that were compiled as the default attention: by owner and reason, once per compilation."""
+
+
+@torch.library.custom_op("diffusers_fa3::forward_into", mutates_args={"out"})
+def forward_into(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kernel: str,
+    softmax_scale: float,
+    causal: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    route: str,
+    owner: int,
+    return_lse: bool,
+) -> Tensor:
+    """`Forward` of the kernel of that name, into `out`; the log-sum-exp, empty if not asked for.
+
+    The call is counted for `owner`, under `route`, each time it runs.
+    """
+    executed[owner, kernel, route] += 1
+    _, lse = kernel_named(kernel).forward(
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        out=out,
+        return_lse=return_lse,
+    )
+    return q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+@forward_into.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any) -> Tensor:
+    *_, return_lse = options
+    *batch, length, heads, _ = q.shape
+    return q.new_empty((*batch, heads, length) if return_lse else 0, dtype=torch.float32)
+
+
+# Assumed constant, which is to say: run now, while the graph is traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+def note_declined(owner: int, reason: str, warn: bool) -> None:
+    """Count a call that becomes the default attention in the graph that is being traced."""
+    declined[owner, reason] += 1
+    if warn and declined[owner, reason] == 1:
+        warnings.warn(f"compiled as the default attention: {reason}", FallbackWarning, stacklevel=2)
+
+
+def traceable(kernel: str, route: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`Forward` of the kernel of that name, for a graph that is being traced."""
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        causal: bool = False,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if out is None:
+            out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype(q))
+        lse = forward_into(
+            q,
+            k,
+            v,
+            out,
+            kernel,
+            softmax_scale,
+            causal,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seqused_k,
+            max_seqlen_q or 0,
+            max_seqlen_k or 0,
+            route,
+            owner,
+            return_lse,
+        )
+        return out, lse if return_lse else None
+
+    return forward
