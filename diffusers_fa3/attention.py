@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from diffusers_fa3.errors import (
 )
 from diffusers_fa3.inputs import check_inputs
 from diffusers_fa3.masks import Axes2D, Opaque
-from diffusers_fa3.ops import traceable
+from diffusers_fa3.ops import choose_for_graph, traceable
 from diffusers_fa3.out import check_out
 from diffusers_fa3.packing import PackingPlan, try_plan
 from diffusers_fa3.plans import Plan
@@ -82,27 +83,19 @@ def attend(
         backward=torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
-    try:
-        chosen = select(request, read_machine(q.device), kernel)
-    except KernelUnavailableError as error:
-        return Declined(error.summary, error)
-
-    traced = torch.compiler.is_compiling()
-    if traced and request.backward:
-        return _declined("gradients under torch.compile", InputError)
+    chosen = _choose(request, q.device, kernel, owner)
+    if isinstance(chosen, Declined):
+        return chosen
 
     # What does the mask mean, and which plan follows?
     sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    plan = _plan(mask, sizes, axes_2d, chosen.limits.seqused_k, find_plan)
+    plan = _plan(mask, sizes, axes_2d, chosen.seqused_k, find_plan)
     if isinstance(plan, Opaque):
         return _declined(plan.reason, MaskError)
 
     # The kernel, between pack and unpack.
-    forward: Callable[..., tuple[Tensor, Tensor | None]] = chosen.forward
-    if traced and isinstance(kernel, str):
-        forward = traceable(chosen.name, plan.route, owner)
     packed_q, packed_k, packed_v = plan.pack(q, k, v)
-    result, lse = forward(
+    result, lse = chosen.forward(
         packed_q,
         packed_k,
         packed_v,
@@ -172,6 +165,29 @@ def attention(
         result = _default(q, k, v, mask, scale, causal)
         return result if out is None else out.copy_(result)
     return answer.out if answer.lse is None else (answer.out, answer.lse)
+
+
+class _Chosen(NamedTuple):
+    name: str
+    seqused_k: bool
+    forward: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def _choose(
+    request: Request, device: torch.device, kernel: KernelChoice, owner: int
+) -> _Chosen | Declined:
+    if torch.compiler.is_compiling() and isinstance(kernel, str):
+        if request.backward:
+            return _declined("gradients under torch.compile", InputError)
+        name, seqused_k, refusal = choose_for_graph(device, kernel, *request)
+        if refusal:
+            return Declined(refusal, KernelUnavailableError(refusal))
+        return _Chosen(name, seqused_k, traceable(name, owner))
+    try:
+        chosen = select(request, read_machine(device), kernel)
+    except KernelUnavailableError as error:
+        return Declined(error.summary, error)
+    return _Chosen(chosen.name, chosen.limits.seqused_k, chosen.forward)
 
 
 def _declined(reason: str, error: type[InputError]) -> Declined:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_fa3.errors import FallbackWarning
+from diffusers_fa3.errors import FallbackWarning, KernelUnavailableError
 from diffusers_fa3.out import out_dtype
-from diffusers_fa3.providers import kernel_named
+from diffusers_fa3.providers import Request, kernel_named, read_machine, select
 
 executed: Counter[tuple[int, str, str]] = Counter()
 """Calls that compiled graphs made: by owner (an enable_fa3, 0 for none), kernel and route."""
@@ -40,14 +40,14 @@ def forward_into(
     seqused_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    route: str,
     owner: int,
     return_lse: bool,
 ) -> Tensor:
     """`Forward` of the kernel of that name, into `out`; the log-sum-exp, empty if not asked for.
 
-    The call is counted for `owner`, under `route`, each time it runs.
+    The call is counted for `owner` each time it runs.
     """
+    route = "packed" if cu_seqlens_q is not None else "dense" if seqused_k is None else "static"
     executed[owner, kernel, route] += 1
     _, lse = kernel_named(kernel).forward(
         q,
@@ -82,7 +82,23 @@ def note_declined(owner: int, reason: str, warn: bool) -> None:
         warnings.warn(f"compiled as the default attention: {reason}", FallbackWarning, stacklevel=2)
 
 
-def traceable(kernel: str, route: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # likewise
+def choose_for_graph(device: torch.device, kernel: str, *request: Any) -> tuple[str, bool, str]:
+    """`select`, in constants: name, whether it has seqused_k, and why there is none.
+
+    Args:
+        device: where the call runs.
+        kernel: "auto" or a name.
+        *request: the fields of a `Request`, which itself cannot be taken out of a graph.
+    """
+    try:
+        chosen = select(Request(*request), read_machine(device), kernel)
+    except KernelUnavailableError as error:
+        return "", False, error.summary
+    return chosen.name, chosen.limits.seqused_k, ""
+
+
+def traceable(kernel: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`Forward` of the kernel of that name, for a graph that is being traced."""
 
     def forward(
@@ -115,7 +131,6 @@ def traceable(kernel: str, route: str, owner: int) -> Callable[..., tuple[Tensor
             seqused_k,
             max_seqlen_q or 0,
             max_seqlen_k or 0,
-            route,
             owner,
             return_lse,
         )

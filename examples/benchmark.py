@@ -1,285 +1,285 @@
-"""Time attention with a mask: PyTorch's own against the packed kernel, interleaved, in one run.
+"""Time attention as diffusers' models call it: PyTorch's, diffusers' FlashAttention-3 and ours.
 
     python examples/benchmark.py
-    python examples/benchmark.py --device cuda --dtype bfloat16
+    python examples/benchmark.py --device cuda --json benchmark.json --plot benchmark.png
 
-Each batch is [text, padding, image], as Qwen-Image lays it out. The ideal is what the padding
-leaves to compute: B * Sq * Sk over the sum of q_i * k_i. The bare kernel gets tensors that are
-packed already: what a call takes longer is the packing. Ratios are of medians; the planning of a
-mask, which a model does once per forward and not once per layer, stands in a column of its own.
+One run, all methods in turns, and each call on other inputs than the one before, so that no method
+finds its own in the cache; ratios are of medians. diffusers' methods end in the same kernel as
+ours: what differs is how they pack. `bare` gets tensors that are packed already: what a call takes
+longer is the packing. The ideal is what the padding leaves to compute: B * Sq * Sk over the sum of
+q_i * k_i. The planning of a mask, which a model does once per forward and not once per layer, is in
+`ours+plan` and in a column of its own, not in `ours`. On a GPU, several calls are queued at a time,
+as a model does.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
+import diffusers
 import torch
+from attention_cases import CASES, Case, Inputs, make_inputs, mask_bytes
+from benchmark_report import Row, Timing, plot, show
 from diffusers.models.attention_processor import Attention
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rivals import Method, attempt, diffusers_on, host_syncs, methods, sdpa_backend
+from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_fa3 import (
-    PackingPlan,
-    attention,
-    enable_fa3,
-    flash_attn_varlen_func,
-    plan_packing,
-)
+from diffusers_fa3 import PackingPlan, available_kernels, enable_fa3
+from diffusers_fa3.providers import PROVIDERS
 
-COLUMNS = (
-    "dtype",
-    "valid text",
-    "route",
-    "default",
-    "ours",
-    "bare kernel",
-    "plan",
-    "speedup",
-    "of ideal",
-)
-VALID = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One attention call: B samples of text and image tokens, H heads of size D."""
-
-    batch: int = 4
-    text: int = 512
-    image: int = 1024
-    heads: int = 8
-    head_dim: int = 64
-
-    @property
-    def length(self) -> int:
-        """Sq and Sk."""
-        return self.text + self.image
-
-
-@dataclass(frozen=True)
-class Row:
-    """Medians of one share of valid text."""
-
-    dtype: str
-    valid: str
-    route: str
-    default_ms: float
-    ours_ms: float
-    kernel_ms: float
-    plan_ms: float
-    ideal: float
-
-    @property
-    def speedup(self) -> float:
-        """How many times faster than PyTorch's attention with the same mask."""
-        return self.default_ms / self.ours_ms
-
-    @property
-    def of_kernel(self) -> float:
-        """The time of the bare kernel as a share of ours."""
-        return self.kernel_ms / self.ours_ms
-
-    @property
-    def of_ideal(self) -> float:
-        """The speedup as a share of what the padding leaves to be saved."""
-        return self.speedup / self.ideal
-
-
-def gap_mask(shape: Shape, valid: float, device: str) -> torch.Tensor:
-    """(B, 1, 1, Sk) bool, [text, padding, image]; samples differ by up to half of the share."""
-    spread = torch.linspace(0.5, 1.5, shape.batch) if valid < 1 else torch.ones(shape.batch)
-    lengths = (shape.text * valid * spread).round().clamp(1, shape.text).int()
-    position = torch.arange(shape.length)
-    seen = (position < lengths[:, None]) | (position >= shape.text)
-    return seen[:, None, None].to(device)
-
-
-def median_times(
-    runs: dict[str, Callable[[], object]], rounds: int, device: str, calls: int = 1
-) -> dict[str, float]:
-    """Median milliseconds of each, in turns; the first two rounds are warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):
-        for name, run in runs.items():
-            milliseconds = time_cuda(run, calls) if device == "cuda" else time_cpu(run, calls)
-            if turn >= 2:
-                times[name].append(milliseconds)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def time_cpu(run: Callable[[], object], calls: int) -> float:
-    """Milliseconds per call."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) * 1e3 / calls
-
-
-def time_cuda(run: Callable[[], object], calls: int) -> float:
-    """Milliseconds per call on the GPU."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
+WARM_UP = 3
+"""Rounds that are not counted."""
+QUEUED = 4
+"""Calls that a GPU is given at a time, where they are short."""
+WRONG_FROM = 0.02
+"""Relative error from which a result is another one: half precision rounds to a fifth of that."""
 
 
 def measure(
-    shape: Shape, valid: float | None, dtype: torch.dtype, device: str, kernel: str, rounds: int
+    case: Case, share: float | None, dtype: torch.dtype, device: str, kernel: str, rounds: int
 ) -> Row:
-    """Time one share of valid text; None: no mask at all."""
-    sizes = (shape.batch, shape.length, shape.heads, shape.head_dim)
-    q, k, v = torch.randn(3, *sizes, device=device, dtype=dtype)
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    mask = None if valid is None else gap_mask(shape, valid, device)
+    """All methods on one share of valid text."""
+    torch.manual_seed(0)
+    rounds = min(rounds, case.most_rounds or rounds)
+    calls = QUEUED if device == "cuda" and case.most_rounds is None else 1
+    mask = case.mask(share, device)
+    plan, packed = case.plan(mask), case.packed_plan(mask, device)
+    sets = make_inputs(case, mask, packed, dtype, device)
+    everything = methods(plan, packed, kernel)
 
-    def plan() -> object:
-        return plan_packing(mask, batch=shape.batch, q_len=shape.length, k_len=shape.length)
+    # What does each give, and how?
+    found = judge(everything, sets[0], packed, device)
+    taken = {name: method for name, method in everything.items() if not found[name].refused}
+    backend, backend_kernel = "refused", ""
+    if "default" in taken:
+        backend, backend_kernel = sdpa_backend(taken["default"], sets[0], device)
 
-    planned = plan()
-    packed = planned if planned.route == "packed" else whole_batch(shape, device)
-    lengths = (packed.cu_seqlens_q, packed.cu_seqlens_k, packed.max_seqlen_q, packed.max_seqlen_k)
-    packed_qkv = packed.pack(q, k, v)
-    times = median_times(
-        {
-            "default": lambda: F.scaled_dot_product_attention(*heads_first, attn_mask=mask),
-            "ours": lambda: attention(q, k, v, planned, kernel=kernel),
-            "kernel": lambda: flash_attn_varlen_func(*packed_qkv, *lengths, kernel=kernel),
-            "plan": plan,
-        },
-        rounds,
-        device,
-    )
-    pairs = shape.batch * shape.length
-    needed = pairs if mask is None else mask.sum().item()
+    # How long does it take?
+    planning = Method(lambda x: case.plan(x.mask))
+    times = times_of(taken | {"plan": planning}, sets, rounds, device, calls)
+    needed = case.needed_pairs(mask)
+    work = 4 * needed * case.heads * case.head_dim
+    for name in taken:
+        ms = statistics.median(times[name])
+        found[name] = replace(
+            found[name], ms=ms, times_ms=tuple(times[name]), tflops=work / ms / 1e9
+        )
     return Row(
+        case.name,
         str(dtype).removeprefix("torch."),
-        "no mask" if valid is None else f"{valid:.0%}",
-        planned.route,
-        times["default"],
-        times["ours"],
-        times["kernel"],
-        times["plan"],
-        pairs / needed,
+        share,
+        plan.route,
+        backend,
+        backend_kernel,
+        case.pairs / needed,
+        statistics.median(times["plan"]),
+        rounds,
+        calls,
+        len(sets),
+        found,
     )
 
 
-def whole_batch(shape: Shape, device: str) -> PackingPlan:
-    """All rows of all samples, end to end."""
-    ends = torch.arange(shape.batch + 1, dtype=torch.int32, device=device) * shape.length
-    every = torch.arange(shape.batch * shape.length, device=device)
-    lengths = (shape.batch, shape.length, shape.length)
-    return PackingPlan("packed", *lengths, None, ends, ends, *lengths[1:], None, every)
+def judge(
+    everything: dict[str, Method], inputs: Inputs, packed: PackingPlan, device: str
+) -> dict[str, Timing]:
+    """Refusals, errors and host synchronisations of one call each, which warms up as well."""
+    found: dict[str, Timing] = {}
+    default: Tensor | None = None
+    for name, method in everything.items():
+        result = attempt(method, inputs)
+        if isinstance(result, str):
+            found[name] = Timing(refused=result)
+            continue
+        if name == "bare":
+            result = packed.unpack(result)
+        default = result if name == "default" else default
+        error = None if default is None else error_of(result, default, inputs.mask)
+        syncs = host_syncs(method, inputs) if device == "cuda" else None
+        wrong = error is not None and not error <= WRONG_FROM
+        found[name] = Timing(error=error, wrong=wrong, syncs=syncs)
+    return found
 
 
-def nothing(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
-) -> torch.Tensor:
+def error_of(result: Tensor, default: Tensor, mask: Tensor | None) -> float:
+    """Relative, of the rows that see a key: of others nothing is asked."""
+    difference, size = result.float() - default.float(), default.float()
+    if mask is not None:
+        seeing = mask.any(-1)[:, 0, :, None, None]
+        difference, size = (torch.where(seeing, x, 0) for x in (difference, size))
+    return (difference.norm() / size.norm()).item()
+
+
+def times_of(
+    runs: dict[str, Method], sets: Sequence[object], rounds: int, device: str, calls: int
+) -> dict[str, list[float]]:
+    """Milliseconds per call, in turns, each call on the next inputs."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    rotated = itertools.cycle(sets)
+    clock = time_cuda if device == "cuda" else time_cpu
+    for turn in range(WARM_UP + rounds):
+        for name, method in runs.items():
+            inputs = [next(rotated) for _ in range(calls)]
+            with method.around():
+                milliseconds = clock(method, inputs)
+            if turn >= WARM_UP:
+                times[name].append(milliseconds)
+    return times
+
+
+def time_cpu(method: Method, inputs: list[object]) -> float:
+    """Milliseconds per call."""
+    start = time.perf_counter()
+    for each in inputs:
+        method.run(each)
+    return (time.perf_counter() - start) * 1e3 / len(inputs)
+
+
+def time_cuda(method: Method, inputs: list[object]) -> float:
+    """Milliseconds per call on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for each in inputs:
+        method.run(each)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / len(inputs)
+
+
+def nothing(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
     """A kernel that takes no time: what is left is the way to it and back."""
     return q
 
 
-def measure_overhead(device: str, rounds: int) -> float:
+def measure_overhead(rounds: int) -> float:
     """Microseconds that a switched layer takes more per call, kernels aside.
 
     A layer on a kernel that does nothing, against the layer on its default attention less what that
-    takes by itself; the tensors are so small that nothing but Python takes time.
+    takes by itself; on one core, with tensors so small that nothing but Python takes time.
     """
-    layer = Attention(16, heads=2, dim_head=8).eval().to(device)
-    switched = Attention(16, heads=2, dim_head=8).eval().to(device)
+    layer = Attention(16, heads=2, dim_head=8).eval()
+    switched = Attention(16, heads=2, dim_head=8).eval()
     enable_fa3(switched, kernel=nothing, fallback="error")
-    x = torch.randn(1, 8, 16, device=device)
-    q = torch.randn(1, 2, 8, 8, device=device)
+    x = torch.randn(1, 8, 16)
+    q = torch.randn(1, 2, 8, 8)
     runs = {
-        "default": lambda: layer(x),
-        "sdpa": lambda: F.scaled_dot_product_attention(q, q, q),
-        "ours": lambda: switched(x),
+        "default": Method(layer),
+        "sdpa": Method(lambda _: F.scaled_dot_product_attention(q, q, q)),
+        "ours": Method(switched),
     }
-    times = median_times(runs, rounds, "cpu", calls=500)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = times_of(runs, [x], rounds, "cpu", calls=500)
+    torch.set_num_threads(threads)
+    times = {name: statistics.median(each) for name, each in times.items()}
     return (times["ours"] - (times["default"] - times["sdpa"])) * 1e3
 
 
-def table_of(rows: list[Row], title: str) -> Table:
-    """The rows for a terminal."""
-    table = Table(title=title)
-    for name in COLUMNS:
-        table.add_column(name, justify="right" if name not in ("dtype", "route") else "left")
-    for row in rows:
-        table.add_row(*cells(row))
-    return table
+def free_bytes(device: str) -> int:
+    """Memory that is left on the device."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row in words."""
-    return (
-        row.dtype,
-        row.valid,
-        row.route,
-        f"{row.default_ms:.2f} ms",
-        f"{row.ours_ms:.2f} ms",
-        f"{row.kernel_ms:.2f} ms",
-        f"{row.plan_ms:.2f} ms",
-        f"{row.speedup:.2f}x",
-        f"{row.of_ideal:.2f} of {row.ideal:.2f}x",
-    )
-
-
-def markdown_of(rows: list[Row]) -> str:
-    """The rows for the README."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def versions(device: str, kernel: str) -> dict[str, str]:
+    """What a number cannot be repeated without; "auto" is settled here for the whole run."""
+    rows = [row for row in available_kernels(device) if kernel in ("auto", row.name)]
+    used = next((row for row in rows if row.accepted), rows[0])
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "diffusers": diffusers.__version__,
+        "kernel": used.name,
+        "kernel_version": used.version,
+    }
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
+    names = [case.name for case in CASES]
+    devices = ["cpu", "cuda"]
+    kernels = ["auto", *(provider.name for provider in PROVIDERS)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--kernel", default="auto", help="a name from available_kernels()")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default=devices[torch.cuda.is_available()], choices=devices)
+    parser.add_argument("--cases", nargs="+", choices=names, help="on a CPU: padding; else all")
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument(
+        "--dtype", nargs="+", choices=dtypes, help="on a CPU: float32 bfloat16; else bfloat16"
+    )
+    parser.add_argument("--kernel", default="auto", choices=kernels)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=Shape.batch)
-    parser.add_argument("--text", type=int, default=Shape.text)
-    parser.add_argument("--image", type=int, default=Shape.image)
-    parser.add_argument("--heads", type=int, default=Shape.heads)
-    parser.add_argument("--head-dim", type=int, default=Shape.head_dim)
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the program")
     parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    return parser.parse_args()
+    parser.add_argument("--plot", help="also draw time against valid text into this file")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    args = parser.parse_args()
+    on_cpu = args.device == "cpu"
+    args.cases = args.cases or (["padding"] if on_cpu else names)
+    if args.plot and not any(case.name in args.cases and len(case.shares) > 1 for case in CASES):
+        parser.error("--plot needs a case with several shares of valid text")
+    args.dtype = args.dtype or (["float32", "bfloat16"] if on_cpu else ["bfloat16"])
+    return args
 
 
 def main() -> None:
     """Measure and print."""
     args = parse_args()
-    shape = Shape(args.batch, args.text, args.image, args.heads, args.head_dim)
-    cases = [(getattr(torch, name), valid) for name in args.dtype for valid in (None, *VALID)]
-    with torch.inference_mode():
-        rows = [
-            measure(shape, valid, dtype, args.device, args.kernel, args.rounds)
-            for dtype, valid in track(cases, description="measuring")
-        ]
-        overhead = measure_overhead(args.device, args.rounds)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    where = f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    if args.markdown:
-        print(markdown_of(rows))
-    else:
-        Console().print(table_of(rows, f"{shape} on {where}"))
-    print(f"a switched layer takes {overhead:.1f} us more per call, kernels aside")
+    about = versions(args.device, args.kernel)
+    cases = [case for case in CASES if case.name in args.cases]
+    calls = [
+        (case.small() if args.small else case, share, getattr(torch, name))
+        for case in cases
+        for name in args.dtype
+        for share in case.shares
+    ]
+    rows, skipped = [], {}
+    with torch.inference_mode(), diffusers_on(about["kernel"]):
+        for case, share, dtype in track(calls, description="measuring"):
+            needed, free = mask_bytes(case), free_bytes(args.device)
+            if needed > free:
+                skipped[case.name] = f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+                continue
+            rows.append(measure(case, share, dtype, args.device, about["kernel"], args.rounds))
+        overhead = measure_overhead(args.rounds)
+
     if args.json:
+        derived = ("speedup", "of_ideal", "of_kernel")
+        results = [asdict(row) | {name: getattr(row, name) for name in derived} for row in rows]
+        everything = {
+            "versions": about,
+            "command": sys.argv[1:],
+            "cases": [asdict(case) for case in {case: None for case, _, _ in calls}],
+            "rows": results,
+            "skipped": skipped,
+            "overhead_us": overhead,
+        }
         with open(args.json, "w") as file:
-            derived = ("speedup", "of_ideal", "of_kernel")
-            results = [asdict(r) | {name: getattr(r, name) for name in derived} for r in rows]
-            json.dump({"where": where, "rows": results, "overhead_us": overhead}, file, indent=1)
+            json.dump(everything, file, indent=1)
+    swept = {case.name: [row for row in rows if row.case == case.name] for case in cases}
+    swept = {name: lot for name, lot in swept.items() if len({row.share for row in lot}) > 1}
+    if args.plot:
+        plot(swept, args.plot)
+    show(rows, swept, args.markdown)
+    for name, why in skipped.items():
+        print(f"{name} skipped: {why}")
+    print(", ".join(f"{name} {value}" for name, value in about.items() if value))
+    print(f"a switched layer takes {overhead:.1f} us more per call, kernels aside")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,6 @@ def test_the_op_keeps_the_rules_of_torch_library(packed: bool, return_lse: bool)
         ends = torch.tensor([0, 5, 12], dtype=torch.int32)
     arguments = (
         *(q, k, v, torch.empty_like(q), "reference", 0.3, False),
-        *(ends, ends, None, 7, 7, "packed", 0, return_lse),
+        *(ends, ends, None, 7, 7, 0, return_lse),
     )
     torch.library.opcheck(forward_into, arguments)

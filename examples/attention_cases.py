@@ -1,0 +1,159 @@
+"""Attention calls as diffusers' models make them: sizes, masks and inputs, for the benchmark."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3 import PackingPlan, plan_packing
+
+SHARES = (None, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Shares of valid text; None: no mask."""
+ROTATED = 256 * 2**20
+"""Bytes that the inputs of one measurement go through: several times what a GPU's cache holds."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call: B samples of text and image tokens, H heads of size D."""
+
+    name: str
+    batch: int
+    text: int
+    image: int
+    heads: int
+    head_dim: int
+    shares: tuple[float | None, ...] = (None,)
+    gap: bool = False
+    """Padding lies between text and image; else it lies at the end."""
+    outer: bool = False
+    """The mask is the (B, 1, S, S) outer product of the valid tokens; else (B, 1, 1, S)."""
+    cross: bool = False
+    """Queries are the image and keys the text; else both are text and image."""
+    kv_heads: int | None = None
+    """Heads of k and v before the model expands them to H."""
+    most_rounds: int | None = None
+
+    @property
+    def q_len(self) -> int:
+        """Sq."""
+        return self.image if self.cross else self.text + self.image
+
+    @property
+    def k_len(self) -> int:
+        """Sk."""
+        return self.text if self.cross else self.text + self.image
+
+    @property
+    def pairs(self) -> int:
+        """B * Sq * Sk."""
+        return self.batch * self.q_len * self.k_len
+
+    def small(self) -> Case:
+        """The same in a size that a CPU computes at once."""
+        text, image = (n and max(16, n // 64) for n in (self.text, self.image))
+        heads, kv_heads = 4, self.kv_heads and 2
+        return replace(self, text=text, image=image, heads=heads, kv_heads=kv_heads)
+
+    def mask(self, share: float | None, device: str) -> Tensor | None:
+        """Bool, True: seen; samples differ by up to half of the share."""
+        if share is None:
+            return None
+        spread = torch.linspace(0.5, 1.5, self.batch)
+        if share == 1 or self.batch == 1:
+            spread = torch.ones(self.batch)
+        lengths = (self.text * share * spread).round().clamp(1, self.text).int()[:, None]
+        position = torch.arange(self.k_len)
+        if self.gap:
+            seen = (position < lengths) | (position >= self.text)
+        else:
+            seen = position < lengths + self.image
+        seen = seen.to(device)
+        if self.outer:
+            return seen[:, None, :, None] & seen[:, None, None, :]
+        return seen[:, None, None]
+
+    def plan(self, mask: Tensor | None, *, seqused: bool = True) -> PackingPlan:
+        """What this package makes of the mask."""
+        return plan_packing(
+            mask, batch=self.batch, q_len=self.q_len, k_len=self.k_len, seqused=seqused
+        )
+
+    def packed_plan(self, mask: Tensor | None, device: str) -> PackingPlan:
+        """The valid tokens of all samples end to end, also where nothing need be packed."""
+        plan = self.plan(mask, seqused=False)
+        if plan.route == "packed":
+            return plan
+        samples = torch.arange(self.batch + 1, dtype=torch.int32, device=device)
+        return replace(
+            plan,
+            route="packed",
+            cu_seqlens_q=samples * self.q_len,
+            cu_seqlens_k=samples * self.k_len,
+            max_seqlen_q=self.q_len,
+            max_seqlen_k=self.k_len,
+            indices_k=torch.arange(self.batch * self.k_len, device=device),
+        )
+
+    def needed_pairs(self, mask: Tensor | None) -> int:
+        """The sum of q_i * k_i: pairs of a query and a key that it sees."""
+        return self.pairs if mask is None else int(mask.sum()) * (self.pairs // mask.numel())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call, in every layout that a method takes them in."""
+
+    qkv: tuple[Tensor, Tensor, Tensor]
+    """(B, S, H, D)."""
+    heads_first: tuple[Tensor, Tensor, Tensor]
+    """Views of them, (B, H, S, D)."""
+    packed: tuple[Tensor, Tensor, Tensor]
+    """Their valid tokens, (T, H, D)."""
+    mask: Tensor | None
+
+
+def make_inputs(
+    case: Case, mask: Tensor | None, packed: PackingPlan, dtype: torch.dtype, device: str
+) -> list[Inputs]:
+    """As many sets as it takes to find none of them in the cache again; two at least."""
+    element = torch.empty((), dtype=dtype).element_size()
+    tokens = case.q_len + 2 * case.k_len
+    size = 2 * case.batch * tokens * case.heads * case.head_dim * element
+    count = min(max(math.ceil(ROTATED / size), 2), 16)
+    return [make_set(case, mask, packed, dtype, device) for _ in range(count)]
+
+
+def make_set(
+    case: Case, mask: Tensor | None, packed: PackingPlan, dtype: torch.dtype, device: str
+) -> Inputs:
+    """One set; the mask is the same tensor in all, as it is in all layers of a model."""
+    kv_heads = case.kv_heads or case.heads
+    like = {"dtype": dtype, "device": device}
+    q = torch.randn(case.batch, case.q_len, case.heads, case.head_dim, **like)
+    k, v = torch.randn(2, case.batch, case.k_len, kv_heads, case.head_dim, **like)
+    if kv_heads != case.heads:
+        k, v = (x.repeat_interleave(case.heads // kv_heads, dim=2) for x in (k, v))
+    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return Inputs((q, k, v), heads_first, packed.pack(q, k, v), mask)
+
+
+def mask_bytes(case: Case) -> int:
+    """Memory that a call with an outer mask takes: bool, additive in 2 bytes, copies of both."""
+    return 8 * case.batch * case.q_len * case.k_len if case.outer else 0
+
+
+CASES = (
+    Case("padding", 4, 512, 1024, heads=8, head_dim=64, shares=SHARES, gap=True),
+    Case("flux", 1, 512, 4096, heads=24, head_dim=128),
+    Case("qwenimage", 2, 512, 4096, heads=24, head_dim=128, shares=SHARES, gap=True),
+    Case("lumina2", 2, 256, 4096, heads=24, head_dim=96, kv_heads=8, shares=(0.5,)),
+    Case("sdxl-self", 2, 0, 4096, heads=10, head_dim=64),
+    Case("sdxl-cross", 2, 77, 4096, heads=10, head_dim=64, cross=True),
+    Case("wan", 1, 0, 32760, heads=12, head_dim=128, most_rounds=11),
+    Case("hunyuan15", 1, 2000, 48000, 16, 128, shares=(9 / 2000,), most_rounds=5),
+    Case("hunyuan15-outer", 1, 2000, 48000, 16, 128, (9 / 2000,), outer=True, most_rounds=5),
+)
