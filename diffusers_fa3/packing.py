@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusers_fa3.errors import MaskError
 from diffusers_fa3.masks import (
@@ -170,24 +170,31 @@ def try_plan(
 
 
 def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool) -> PackingPlan:
-    device = valid.keys.device
-    k_lens = _each(valid.k_lens, batch)
+    keys = valid.keys.expand(batch, -1)
     if seqused and valid.k_leading and valid.queries is None:
-        lens = torch.tensor(k_lens, dtype=torch.int32, device=device)
-        return PackingPlan("seqused", batch, q_len, k_len, seqused_k=lens)
+        used = keys.sum(-1, dtype=torch.int32)
+        return PackingPlan("seqused", batch, q_len, k_len, seqused_k=used)
 
-    q_lens = _each(valid.q_lens, batch) if valid.queries is not None else (q_len,) * batch
+    k_lens = _each(valid.k_lens, batch)
+    if valid.queries is None:
+        q_lens: tuple[int, ...] = (q_len,) * batch
+        ends_q = torch.arange(batch + 1, dtype=torch.int32, device=keys.device) * q_len
+        indices_q = None
+    else:
+        queries = valid.queries.expand(batch, -1)
+        q_lens = _each(valid.q_lens, batch)
+        ends_q, indices_q = _cu_seqlens(queries), _indices(queries, sum(q_lens))
     return PackingPlan(
         "packed",
         batch,
         q_len,
         k_len,
-        cu_seqlens_q=_cu_seqlens(q_lens, device),
-        cu_seqlens_k=_cu_seqlens(k_lens, device),
+        cu_seqlens_q=ends_q,
+        cu_seqlens_k=_cu_seqlens(keys),
         max_seqlen_q=max(q_lens, default=0),
         max_seqlen_k=max(k_lens, default=0),
-        indices_q=None if valid.queries is None else _indices(valid.queries, batch, sum(q_lens)),
-        indices_k=_indices(valid.keys, batch, sum(k_lens)),
+        indices_q=indices_q,
+        indices_k=_indices(keys, sum(k_lens)),
     )
 
 
@@ -214,17 +221,14 @@ def _each(lens: tuple[int, ...], batch: int) -> tuple[int, ...]:
     return lens if len(lens) == batch else lens * batch
 
 
-def _cu_seqlens(lens: Sequence[int], device: torch.device) -> Tensor:
-    ends = [0]
-    for length in lens:
-        ends.append(ends[-1] + length)
-    return torch.tensor(ends, dtype=torch.int32, device=device)
+def _cu_seqlens(valid: Tensor) -> Tensor:
+    """Counted where `valid` (B, S) lies: to send what the host knows, it would have to wait."""
+    return F.pad(valid.sum(-1).cumsum(0), (1, 0)).int()
 
 
-def _indices(valid: Tensor, batch: int, total: int) -> Tensor:
+def _indices(valid: Tensor, total: int) -> Tensor:
     """Positions of True in `valid` as (B * S); the total is known, so nothing is read back."""
-    flat = valid.expand(batch, -1).flatten()
-    return torch.nonzero_static(flat, size=total).flatten()
+    return torch.nonzero_static(valid.flatten(), size=total).flatten()
 
 
 def _take(x: Tensor, indices: Tensor | None) -> Tensor:

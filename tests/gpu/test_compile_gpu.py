@@ -25,7 +25,7 @@ BY_NAME = {case.name: case for case in CASES}
 def test_a_compiled_model(name: str, layout: str, route: str, mode: str) -> None:
     torch._dynamo.reset()
     case = BY_NAME[name]
-    plain = case.build(torch.bfloat16).to("cuda")
+    plain = torch.compile(case.build(torch.bfloat16).to("cuda"), fullgraph=True)
     model = case.build(torch.bfloat16).to("cuda")
     enable_fa3(model, fallback="error")
     compiled = torch.compile(model, fullgraph=True, mode=mode)

@@ -224,3 +224,31 @@ def test_float8_with_descales(name, packed):
         assert got.dtype == torch.bfloat16
         assert out is None or got is out
         assert (got.double() - truth).norm() <= 2**-4 * truth.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_samples_with_a_number_of_keys(name):
+    """`seqused_k` together with cu_seqlens_k: a sample's rows behind its valid ones are skipped."""
+    kernel = kernel_for(name, {}, head_dim=128, seqused_k=True)
+    q, k, v = tensors((sum(Q_LENS),), (sum(K_LENS),), 128)
+    used = torch.tensor([120, 17, 0, 1], dtype=torch.int32, device="cuda")
+    for tensor in (k, v):
+        tensor[120:300] = torch.nan
+        tensor[318:] = torch.nan
+    agrees(kernel, q, k, v, cu_seqlens_q=ends(Q_LENS), cu_seqlens_k=ends(K_LENS), seqused_k=used)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_native_out_needs_no_second_result(name, strided):
+    kernel = kernel_for(name, {}, head_dim=128, varlen=False)
+    if kernel.out != "native":
+        pytest.skip(f"{name} copies into out")
+    q, k, v = tensors((4, 2048), (4, 2048), 128)
+    out = torch.empty_like(torch.cat([q, q], dim=2))[:, :, ::2] if strided else torch.empty_like(q)
+    kernel.forward(q, k, v, softmax_scale=SCALE, out=out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kernel.forward(q, k, v, softmax_scale=SCALE, out=out)
+    assert torch.cuda.max_memory_allocated() - before < out.nbytes
