@@ -51,7 +51,9 @@ def test_attention_with_another_mask_in_every_replay() -> None:
         assert_within_budget(output, default.transpose(1, 2), exact.transpose(1, 2))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("prx", "krea2")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("prx", "krea2")], ids=lambda case: case.name
+)
 def test_a_model_with_another_mask_in_every_replay(case) -> None:
     model = case.build(torch.bfloat16).to("cuda")
     enable_fa3(model, fallback="error")
