@@ -50,6 +50,10 @@ class Settings:
     owner: int = field(default_factory=count(1).__next__, compare=False)
     """By which compiled graphs know whose calls they make: they cannot count on a layer."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is another owner."""
+        return Settings, (self.kernel, self.fallback)
+
 
 @dataclass(eq=False)
 class Layer:

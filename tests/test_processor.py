@@ -111,6 +111,7 @@ def test_a_copy_is_switched_too_and_independent(how) -> None:
     assert torch.equal(other(states()), attn(states()))
     assert (routes(attn), routes(other)) == ({"dense": 2}, {"dense": 1})
     assert unwrap(other.processor) is not unwrap(attn.processor)
+    assert layer_of(other.processor).settings.owner != layer_of(attn.processor).settings.owner
     assert type(unwrap(other.processor)) is AttnProcessor2_0
 
 
