@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
 import warnings
 from collections import Counter
@@ -36,7 +37,7 @@ from diffusers_fa3.providers import KernelChoice
 
 Fallback = Literal["warn", "error", "silent"]
 
-PLANS = PlanCache()
+PLANS = PlanCache(verify=os.environ.get("DIFFUSERS_FA3_VERIFY_PLANS") == "1")
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from threading import Lock
 
+import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from diffusers_fa3.errors import MaskError
 from diffusers_fa3.masks import Opaque
 from diffusers_fa3.packing import PackingPlan
 
@@ -24,9 +27,13 @@ class PlanCache:
     A tensor is known by the one that owns its memory (held weakly), that one's version, which any
     in-place edit raises, and how it views it. Never by address: memory is reused. Tensors without a
     version (made in inference mode) could be edited unseen: nothing is remembered of them.
+
+    Args:
+        verify: make a plan anew at every reuse, too, and compare: slow, to find a wrong reuse.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, verify: bool = False) -> None:
+        self.verify = verify
         self._plans: OrderedDict[object, tuple[tuple[TensorWeakRef, ...], Plan]] = OrderedDict()
         self._lock = Lock()
 
@@ -48,6 +55,8 @@ class PlanCache:
         if remembered is not None:
             references, plan = remembered
             if all(ref() is owner for ref, owner in zip(references, owners)):
+                if self.verify and not _same(plan, make()):
+                    raise MaskError(f"a plan was reused for another mask; call: {call}")
                 return plan, False
         plan = make()
         with self._lock:
@@ -61,6 +70,18 @@ class PlanCache:
                 del self._plans[key]
         while len(self._plans) >= CAPACITY:
             self._plans.popitem(last=False)
+
+
+def _same(plan: Plan, other: Plan) -> bool:
+    if isinstance(plan, Opaque) or isinstance(other, Opaque):
+        return plan == other
+    values = [(getattr(plan, f.name), getattr(other, f.name)) for f in fields(plan)]
+    return all(
+        torch.equal(one, two)
+        if isinstance(one, Tensor) and isinstance(two, Tensor)
+        else one is two or one == two
+        for one, two in values
+    )
 
 
 def _view(source: Tensor, owner: Tensor) -> tuple[object, ...]:

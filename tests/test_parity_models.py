@@ -16,12 +16,18 @@ from zoo.case import BATCH, cast
 from zoo.watch import watched
 
 from diffusers_fa3 import coverage, disable_fa3, enable_fa3
+from diffusers_fa3.calls import PLANS
 
 VARLEN = ("packed", "seqused")
 BY_NAME = {case.name: case for case in CASES}
 
 every_run = pytest.mark.parametrize(("case", "layout"), RUNS, ids=RUN_IDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture(autouse=True)
+def every_reused_plan_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PLANS, "verify", True)
 
 
 def enable(model: nn.Module, case: Case) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 
+import pytest
 import torch
 
-from diffusers_fa3 import plan_packing
+from diffusers_fa3 import MaskError, plan_packing
 from diffusers_fa3.packing import PackingPlan
 from diffusers_fa3.plans import CAPACITY, PlanCache
 
@@ -71,6 +72,16 @@ def test_a_new_mask_in_the_memory_of_a_dead_one_makes_another_plan() -> None:
         assert plan.cu_seqlens_k.tolist() == [0, length % 4, length % 4 + 2]
         del mask, plan
     assert len(seen) < 49, "no address was used twice: this saw nothing"
+
+
+def test_a_wrong_reuse_is_found_where_one_looks() -> None:
+    """A plan that follows from more than it is known by, as no plan should."""
+    cache, source = PlanCache(verify=True), padding(3, 2)
+    plan_for(cache, source)
+    plan_for(cache, source)
+    hidden = padding(1, 1)
+    with pytest.raises(MaskError, match="reused for another mask; call: call"):
+        cache.find([source], "call", lambda: plan_packing(hidden, batch=2, q_len=4, k_len=4))
 
 
 def test_masks_without_a_version_are_never_remembered() -> None:
