@@ -283,6 +283,22 @@ def test_a_kernel_without_a_cache_entry_is_refused(cached):
         flash_attn_with_kvcache(*cached, kernel=mine)
 
 
+def test_a_function_over_a_cache_can_be_the_kernel(cached):
+    def mine(q, k_cache, v_cache, cache_seqlens=None, softmax_scale=None, causal=False):
+        return reference.kvcache(
+            q, k_cache, v_cache, cache_seqlens=cache_seqlens, softmax_scale=softmax_scale
+        )[0]
+
+    lens = torch.tensor([2, 3], dtype=torch.int32)
+    want = flash_attn_with_kvcache(*cached, cache_seqlens=lens)
+    assert torch.equal(flash_attn_with_kvcache(*cached, cache_seqlens=lens, kernel=mine), want)
+    q, k, v = cached
+    with pytest.raises(KernelUnavailableError, match="mine cannot serve: built without varlen"):
+        flash_attn_varlen_func(
+            q[0], k[0], v[0], *2 * [torch.tensor([0, 1], dtype=torch.int32)], 1, 1, kernel=mine
+        )
+
+
 def test_a_raw_op_gets_the_cache_under_its_own_names(cached):
     q, k_cache, v_cache = (x.bfloat16() for x in cached)
     lens = torch.tensor([2, 3], dtype=torch.int32)

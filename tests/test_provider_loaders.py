@@ -62,6 +62,41 @@ def put_op(monkeypatch, namespace, name):
     monkeypatch.setattr(getattr(torch.ops, namespace), "fwd", OPS[name].op, raising=False)
 
 
+def cached(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+    return_softmax_lse=False,
+):  # fmt: skip
+    """With FlashAttention-2's arguments, as old builds of -3 have them."""
+    out, lse = reference.kvcache(
+        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, page_table=block_table,
+        softmax_scale=softmax_scale, causal=causal, return_lse=True,
+    )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out
+
+
+def agrees_on_a_cache(kernel):
+    """New keys are appended, pages go by their other name, and `out` and the LSE are served."""
+    q, k, v = (torch.randn(2, 1, 2, 8) for _ in range(3))
+    caches = [torch.randn(4, 4, 2, 8) for _ in range(2)]  # pages of 4 keys
+    pages = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    lens = torch.tensor([3, 5], dtype=torch.int32)
+    options = {"cache_seqlens": lens, "page_table": pages, "causal": True, "softmax_scale": SCALE}
+    ours, theirs = ([x.clone() for x in caches] for _ in range(2))
+    out = torch.empty_like(q)
+    got, lse = kernel.kvcache(q, *ours, k=k, v=v, **options, out=out, return_lse=True)
+    want, want_lse = reference.kvcache(q, *theirs, k=k, v=v, **options, return_lse=True)
+    assert got is out
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(lse, want_lse)
+    assert torch.equal(ours[0], theirs[0])
+    assert not torch.equal(ours[0], caches[0])
+    plain, nothing = kernel.kvcache(q, *caches, **options)
+    assert plain.shape == q.shape
+    assert nothing is None
+
+
 def test_flash_attn_3_is_its_raw_op(monkeypatch, install, packed):
     put_op(monkeypatch, "flash_attn_3", "tokenspeed")
     install("flash_attn_interface", flash_attn_varlen_func=current, flash_attn_func=dense)
@@ -90,10 +125,16 @@ def test_flash_attn_3_trains_through_its_functions(monkeypatch, install, packed)
 def test_an_old_flash_attn_3_without_an_op_is_its_functions(monkeypatch, install, packed):
     monkeypatch.setattr(torch.ops.flash_attn_3, "fwd", None, raising=False)
     monkeypatch.setitem(sys.modules, "flash_attn_config", None)
-    install("flash_attn_interface", flash_attn_varlen_func=current, flash_attn_func=dense)
+    install(
+        "flash_attn_interface",
+        flash_attn_varlen_func=current,
+        flash_attn_func=dense,
+        flash_attn_with_kvcache=cached,
+    )
     kernel = BY_NAME["flash_attn_3"].load()
     agrees(kernel, packed)
-    assert (kernel.out, kernel.kvcache, kernel.limits.kvcache) == ("copy", None, False)
+    assert (kernel.out, kernel.limits.kvcache) == ("copy", True)
+    agrees_on_a_cache(kernel)
 
 
 def test_fa3_fwd_has_its_own_namespace_and_flags(monkeypatch, install, packed):
@@ -175,10 +216,19 @@ def test_flash_attn_2_is_its_functions(install, packed):
         )  # fmt: skip
         return (out, lse, None) if return_attn_probs else out
 
-    install("flash_attn", flash_attn_varlen_func=varlen, flash_attn_func=dense)
+    install(
+        "flash_attn",
+        flash_attn_varlen_func=varlen,
+        flash_attn_func=dense,
+        flash_attn_with_kvcache=cached,
+    )
     kernel = BY_NAME["flash_attn_2"].load()
     agrees(kernel, packed)
     assert (kernel.out, kernel.limits.seqused_k) == ("copy", False)
+    agrees_on_a_cache(kernel)
+    q, k_cache, v_cache = (torch.randn(2, 4, 2, 8) for _ in range(3))
+    with pytest.raises(KernelUnavailableError, match="cannot take cu_seqlens_q"):
+        kernel.kvcache(q, k_cache, v_cache, softmax_scale=SCALE, cu_seqlens_q=torch.ones(3))
 
 
 class FakeFlashAttention4:

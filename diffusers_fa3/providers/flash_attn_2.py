@@ -6,7 +6,7 @@ import importlib
 
 from diffusers_fa3.providers.build_flags import version_of
 from diffusers_fa3.providers.contract import Kernel, Limits, Provider
-from diffusers_fa3.providers.public_function import public_forward
+from diffusers_fa3.providers.public_function import public_forward, public_kvcache
 
 LIMITS = Limits(
     archs=("sm80", "sm90", "sm100", "sm120"),
@@ -14,14 +14,14 @@ LIMITS = Limits(
     head_dims_differ=False,
     seqused_k=False,
     backward=True,
-    kvcache=False,
 )
 
 
 def _load() -> Kernel:
     functions = importlib.import_module("flash_attn")
     forward = public_forward(functions.flash_attn_varlen_func, functions.flash_attn_func)
-    return Kernel("flash_attn_2", version_of("flash_attn"), LIMITS, forward, out="copy")
+    kvcache = public_kvcache(functions.flash_attn_with_kvcache)
+    return Kernel("flash_attn_2", version_of("flash_attn"), LIMITS, forward, kvcache, out="copy")
 
 
 FLASH_ATTN_2 = Provider(

@@ -12,7 +12,11 @@ from diffusers_fa3.providers.build_flags import (
     version_of,
 )
 from diffusers_fa3.providers.contract import Kernel, Provider
-from diffusers_fa3.providers.public_function import limits_of, public_forward
+from diffusers_fa3.providers.public_function import (
+    limits_of,
+    public_forward,
+    public_kvcache,
+)
 from diffusers_fa3.providers.raw_op import RawOp, differentiable, find_op
 from diffusers_fa3.signature import read_signature
 
@@ -27,8 +31,9 @@ def _load_upstream() -> Kernel:
     op = find_op("flash_attn_3")
     if op is None:  # before the raw op was registered with torch
         asked = limits_of(read_signature(functions.flash_attn_varlen_func))
-        limits = replace(limits, window=asked.window, softcap=asked.softcap, kvcache=False)
-        return Kernel("flash_attn_3", version, limits, public, out="copy")
+        limits = replace(limits, window=asked.window, softcap=asked.softcap)
+        kvcache = public_kvcache(functions.flash_attn_with_kvcache)
+        return Kernel("flash_attn_3", version, limits, public, kvcache, out="copy")
     raw = RawOp(op, "flash_attn_3")
     forward = differentiable(raw.forward, public) if limits.backward else raw.forward
     return Kernel("flash_attn_3", version, limits, forward, raw.kvcache)

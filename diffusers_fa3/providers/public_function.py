@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,17 +98,48 @@ def _forward(function: Callable[..., Any]) -> Forward:
         if return_lse and signature.lse_switch is not None:
             known[signature.lse_switch] = True
 
-        result = invoke(function, q, k, v, out=out, **known)
-        members = result if isinstance(result, (tuple, list)) else (result,)
-        if needs_grad(q, k, v) and not members[0].requires_grad:
+        result, lse = _members(name, invoke(function, q, k, v, out=out, **known), return_lse)
+        if needs_grad(q, k, v) and not result.requires_grad:
             raise KernelUnavailableError(f"{name} returned a result without gradient")
-        if not return_lse:
-            return members[0], None
-        if len(members) < 2 or not isinstance(members[1], Tensor):
-            raise KernelUnavailableError(f"{name} returned no log-sum-exp")
-        return members[0], empty_rows_minus_inf(members[1])
+        return result, lse
 
     return call
+
+
+def public_kvcache(function: Callable[..., Any]) -> Callable[..., Result]:
+    """`Kernel.kvcache` over a build's own `flash_attn_with_kvcache`, by the names that it has."""
+    signature = read_signature(function)
+    name = name_of(function)
+
+    def call(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+        **options: Any,
+    ) -> Result:
+        if "page_table" in options and "page_table" not in signature.names:
+            options["block_table"] = options.pop("page_table")  # FlashAttention-2's name for it
+        if not signature.any_name:
+            refuse(name, {n: value for n, value in options.items() if n not in signature.names})
+        if return_lse and signature.lse_switch is not None:
+            options[signature.lse_switch] = True
+        result = invoke(function, q, k_cache, v_cache, out=out, **options)
+        return _members(name, result, return_lse)
+
+    return call
+
+
+def _members(name: str, result: Any, return_lse: bool) -> Result:
+    """Output and log-sum-exp of what a function returned, alone or in a tuple of any length."""
+    members = result if isinstance(result, (tuple, list)) else (result,)
+    if not return_lse:
+        return members[0], None
+    if len(members) < 2 or not isinstance(members[1], Tensor):
+        raise KernelUnavailableError(f"{name} returned no log-sum-exp")
+    return members[0], empty_rows_minus_inf(members[1])
 
 
 def limits_of(signature: Signature) -> Limits:
@@ -117,19 +148,21 @@ def limits_of(signature: Signature) -> Limits:
     def has(*names: str) -> bool:
         return signature.any_name or any(name in signature.names for name in names)
 
-    varlen = has("cu_seqlens_q")
+    kvcache = "k_cache" in signature.names
+    varlen = has("cu_seqlens_q") and not kvcache
     return Limits(
         archs=("any",),
         dtypes=_EVERY_FLOAT,
         max_head_dim=2**31,
         head_dim_multiple=1,
+        dense=not kvcache,
         varlen=varlen,
         # vLLM's function reads seqused_k only with pages of keys.
         seqused_k=varlen and has("seqused_k") and "block_table" not in signature.names,
         window=has(*_SPELLINGS["window"]),
         softcap=has("softcap"),
-        backward=True,
-        kvcache=False,
+        backward=not kvcache,
+        kvcache=kvcache,
     )
 
 
@@ -153,7 +186,9 @@ def wrap_callable(function: Callable[..., Any]) -> Kernel:
         )
     limits = limits_of(signature)
     forward = public_forward(function) if limits.varlen else public_forward(None, function)
-    return Kernel(name, "", limits, forward, out="native" if "out" in signature.names else "copy")
+    kvcache = public_kvcache(function) if limits.kvcache else None
+    out: Literal["native", "copy"] = "native" if "out" in signature.names else "copy"
+    return Kernel(name, "", limits, forward, kvcache, out=out)
 
 
 _GIVEN = {
