@@ -15,7 +15,7 @@ from zoo.budget import assert_within_budget
 from zoo.case import BATCH, cast
 from zoo.watch import watched
 
-from diffusers_fa3 import coverage, disable_fa3, enable_fa3
+from diffusers_fa3 import FA3AttnProcessor, coverage, disable_fa3, enable_fa3
 from diffusers_fa3.calls import PLANS
 
 VARLEN = ("packed", "seqused")
@@ -44,6 +44,14 @@ def processors(model: nn.Module) -> dict[str, object]:
 def total(report: Mapping[str, Any], column: str) -> Counter[str]:
     """Return the sum of a column ("calls" or "fallbacks") over all layers of a report."""
     return sum((Counter(layer[column]) for layer in report["layers"]), Counter())
+
+
+def assert_on_the_kernel(model: nn.Module) -> None:
+    """Assert that every layer was switched, and that calls ran on the kernel, on a known route."""
+    report = coverage(model).to_dict()
+    assert all(layer["kernel"] == "reference" for layer in report["layers"])
+    assert report["calls"] > 0
+    assert total(report, "calls").keys() <= {"dense", *VARLEN}
 
 
 @every_run
@@ -76,6 +84,7 @@ def test_only_the_calls_a_case_names_fall_back(case: Case, layout: Layout) -> No
     model = case.build()
     enable(model, case)
     case.run(model, layout)
+    assert_on_the_kernel(model)
     for layer in coverage(model).to_dict()["layers"]:
         for reason in layer["fallbacks"]:
             assert case.refusal is not None
@@ -92,6 +101,7 @@ def test_a_refused_call_raises_if_fallback_is_an_error(case: Case) -> None:
     with pytest.raises(ValueError, match=case.refusal.reason):
         case.run(model, "ragged")
     case.run(model, "all_true")  # nothing is hidden: the kernel serves
+    assert_on_the_kernel(model)
 
 
 @every_case
@@ -121,6 +131,7 @@ def test_state_dict_stays_the_same_while_enabled(case: Case) -> None:
     model = case.build()
     before = model.state_dict()
     enable(model, case)
+    assert all(isinstance(p, FA3AttnProcessor) for p in processors(model).values())
     during = model.state_dict()
     assert list(during) == list(before)
     assert all(during[name].data_ptr() == before[name].data_ptr() for name in before)
@@ -133,6 +144,8 @@ def test_one_prompt_after_another_each_gets_its_own_mask(name: str) -> None:
     enable(model, case)
     for layout in (*case.layouts, *reversed(case.layouts)):
         assert_within_budget(case.run(model, layout), defaults[layout], case.exact(layout))
+    assert_on_the_kernel(model)
+    assert any(total(coverage(model).to_dict(), "calls")[route] for route in VARLEN)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +159,8 @@ def test_each_prompt_of_a_ragged_batch_gives_what_it_gives_alone(name: str, mask
     enabled = case.build()
     enable(enabled, case)
     together = case.run(enabled, "ragged")
+    assert_on_the_kernel(enabled)
+    assert any(total(coverage(enabled).to_dict(), "calls")[route] for route in VARLEN)
 
     for i in range(BATCH):
         alone = {key: value[i : i + 1] for key, value in batch.items()}
@@ -165,3 +180,4 @@ def test_bfloat16_is_as_close_as_the_default_in_bfloat16(case: Case) -> None:
     default = case.run(model, layout)
     enable(model, case)
     assert_within_budget(case.run(model, layout), default, case.exact(layout))
+    assert_on_the_kernel(model)

@@ -23,7 +23,7 @@ def _load() -> Kernel:
 HUB = Provider(
     "hub",
     _load,
-    install="pip install 'kernels>=0.15'",
+    install="pip install 'kernels>=0.17.2'",
     modules=("kernels",),
     on_request="it downloads a binary and runs it",
 )
