@@ -20,8 +20,9 @@ from diffusers_fa3.errors import MaskError
 MASKED_FROM = -1e4
 """Additive values from here down mask a key: what diffusers writes for padding, and -inf.
 
-exp(x - 1e4) is 0 in every float dtype as long as one key of the row is left at 0, so such a mask
-gives bit for bit the softmax of a bool one. A row in which no key is left is another matter.
+exp(-1e4) is 0 in every float dtype, so where one key of the row is left at 0, such a mask gives the
+softmax of a bool one, unless logits differ by thousands. A row in which no key is left is another
+matter.
 """
 
 Axes2D = Literal["bk", "qk"]
