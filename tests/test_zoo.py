@@ -12,10 +12,7 @@ from zoo.watch import Log, first_keys, key_lost_in, replaced, watched, without_m
 SENSITIVITY = 10
 
 PADDED: tuple[Layout, ...] = ("right", "left", "ragged", "gap")
-# Z-Image takes lists of prompts: there is no padded content that a caller could change.
-PADDED_RUNS = [
-    (case, layout) for case, layout in RUNS if layout in PADDED and case.name != "z_image"
-]
+PADDED_RUNS = [(case, layout) for case, layout in RUNS if layout in PADDED and case.pads]
 
 every_run = pytest.mark.parametrize(("case", "layout"), RUNS, ids=RUN_IDS)
 every_padded_run = pytest.mark.parametrize(

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 
 from .case import Case, Layout
 
-FAMILIES = (
-    "chroma",
-    "cogvideox",
-    "flux",
-    "hunyuan_video",
-    "krea2",
-    "ltx",
-    "lumina2",
-    "pixart",
-    "prx",
-    "qwenimage",
-    "sd3",
-    "unet",
-    "wan",
-    "z_image",
+# Every file of this folder that defines CASES is a family; these hold what families share.
+SHARED = ("budget", "case", "watch")
+FAMILIES = tuple(
+    module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED
 )
 
 CASES: tuple[Case, ...] = tuple(

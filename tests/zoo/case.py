@@ -54,6 +54,8 @@ class Case:
         pick: the tensor to compare, out of what forward returns. All of it is compared: no model
             of the zoo returns rows that belong to padded tokens.
         refusal: calls with hidden keys that are left to the default attention, if any.
+        pads: whether a caller can change the content of padded tokens at all.
+        unreached: why no attention call of the model can be switched; empty where they can.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Case:
     prepare: Callable[[nn.Module], None] | None = None
     pick: Callable[[Any], torch.Tensor] = lambda returned: returned[0]
     refusal: Refusal | None = None
+    pads: bool = True
+    unreached: str = ""
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the model in eval mode; the same weights at every call."""

@@ -37,5 +37,6 @@ CASES = (
         inputs=_inputs,
         layouts=("none", "ragged"),
         pick=lambda returned: torch.stack(list(returned[0])),  # one image per sample
+        pads=False,
     ),
 )
