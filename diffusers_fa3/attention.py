@@ -23,7 +23,8 @@ from diffusers_fa3.errors import (
     MaskError,
 )
 from diffusers_fa3.inputs import check_inputs
-from diffusers_fa3.masks import Axes2D, Opaque
+from diffusers_fa3.masks import Axes2D
+from diffusers_fa3.meaning import Opaque
 from diffusers_fa3.ops import choose_for_graph, traceable
 from diffusers_fa3.out import check_out
 from diffusers_fa3.packing import PackingPlan, try_plan
@@ -93,14 +94,41 @@ def attend(
     if isinstance(plan, Opaque):
         return _declined(plan.reason, MaskError)
 
-    # The kernel, between pack and unpack.
+    if plan.window != (-1, -1):
+        # Only now is it known that a sliding window is needed, which not every build has.
+        chosen = _choose(request._replace(window=True), q.device, kernel, owner)
+        if isinstance(chosen, Declined):
+            return chosen
+
+    # The kernel, between pack and unpack; a second time where queries see in two ways.
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    result, lse = _launch(chosen, plan, q, k, v, scale, causal, out, return_lse)
+    if plan.also is not None:
+        rest, rest_lse = _launch(chosen, plan.also, q, k, v, scale, causal, None, return_lse)
+        result = result + rest if out is None else out.add_(rest)
+        lse = None if lse is None or rest_lse is None else torch.maximum(lse, rest_lse)
+    return Served(result, lse, chosen.name, plan.route)
+
+
+def _launch(
+    chosen: _Chosen,
+    plan: PackingPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    out: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     packed_q, packed_k, packed_v = plan.pack(q, k, v)
     result, lse = chosen.forward(
         packed_q,
         packed_k,
         packed_v,
-        softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        causal=causal,
+        softmax_scale=softmax_scale,
+        causal=causal or plan.causal,
+        window=plan.window,
         cu_seqlens_q=plan.cu_seqlens_q,
         cu_seqlens_k=plan.cu_seqlens_k,
         seqused_k=plan.seqused_k,
@@ -109,8 +137,7 @@ def attend(
         out=plan.buffer(out),
         return_lse=return_lse,
     )
-    lse = None if lse is None else plan.unpack_lse(lse)
-    return Served(plan.unpack(result, out), lse, chosen.name, plan.route)
+    return plan.unpack(result, out), None if lse is None else plan.unpack_lse(lse)
 
 
 def attention(

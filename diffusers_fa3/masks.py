@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import MaskError
+from diffusers_fa3.meaning import AllValid, Meaning, Opaque, Valid
+from diffusers_fa3.rows import read_rows
 
 MASKED_FROM = -1e4
 """Additive values from here down mask a key: what diffusers writes for padding, and -inf.
@@ -29,41 +31,13 @@ Axes2D = Literal["bk", "qk"]
 """How a 2-D mask is read: (B, Sk) as diffusers' dispatcher does, or (Sq, Sk) as SDPA does."""
 
 
-@dataclass(frozen=True, slots=True)
-class AllValid:
-    """Every query sees every key: the mask says nothing."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Valid:
-    """Valid queries see valid keys; rows of other queries are empty.
-
-    `keys` is (B or 1, Sk) bool. `queries` is (B or 1, Sq) bool, or None where every query counts.
-    The lengths, one for each row of `keys` and `queries`, are on the host already.
-    """
-
-    keys: Tensor
-    k_lens: tuple[int, ...]
-    k_leading: bool
-    """The valid keys of each sample are its first: right padding, or none."""
-    queries: Tensor | None = None
-    q_lens: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Opaque:
-    """A mask that packing cannot express, and why."""
-
-    reason: str
-
-
-Meaning = AllValid | Valid | Opaque
-
-
 def read_mask(
     mask: Tensor, *, batch: int, heads: int, q_len: int, k_len: int, axes_2d: Axes2D = "bk"
 ) -> Meaning:
     """The meaning of `mask`, at the price of one read from its device.
+
+    A mask that depends on the query otherwise than by leaving out whole rows costs two more: see
+    `rows.read_rows`.
 
     Args:
         mask: bool (True: the key is seen), int (0 or 1, as tokenizers write it) or additive float
@@ -86,16 +60,16 @@ def read_mask(
 
     seen = mask if mask.dtype == torch.bool else mask == (0 if mask.is_floating_point() else 1)
     one_head = seen[:, 0]
-    keys, queries = one_head.any(-2), one_head.any(-1)
+    keys, k_seen = one_head.any(-2), one_head.sum(-1)
+    queries, k_counts = k_seen > 0, keys.sum(-1)
     facts = _Facts.read(
         values=_values_are_those_of_a_mask(mask, seen),
         empty_rows_are_zero=_empty_rows_are_zero(mask, seen),
         heads_agree=(seen == one_head[:, None]).all() if seen.shape[1] > 1 else None,
-        factors=(one_head == (queries[:, :, None] & keys[:, None, :])).all()
-        if one_head.shape[1] > 1
-        else None,
+        # Every row lies within `keys`: one that sees as many sees them all.
+        factors=((k_seen == 0) | (k_seen == k_counts[:, None])).all(),
         k_leading=(keys[:, 1:] <= keys[:, :-1]).all(),
-        k_counts=keys.sum(-1),
+        k_counts=k_counts,
         q_counts=queries.sum(-1),
     )
 
@@ -111,7 +85,7 @@ def read_mask(
     if not facts.heads_agree:
         return Opaque("mask differs between heads")
     if not facts.factors:
-        return Opaque("mask depends on the query")
+        return read_rows(one_head)
 
     every_query = one_head.shape[1] == 1 or all(n == q_len for n in facts.q_counts)
     if every_query and all(n == k_len for n in facts.k_counts):

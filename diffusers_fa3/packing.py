@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,16 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_fa3.errors import MaskError
-from diffusers_fa3.masks import (
-    AllValid,
-    Axes2D,
-    Opaque,
-    Valid,
-    keys_by_structure,
-    read_mask,
-)
+from diffusers_fa3.masks import Axes2D, keys_by_structure, read_mask
+from diffusers_fa3.meaning import AllValid, Band, Opaque, Sequence, Sequences, Valid
 
-Route = Literal["dense", "seqused", "packed", "static"]
+Route = Literal["dense", "band", "seqused", "packed", "static"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,10 +23,12 @@ class PackingPlan:
 
     Routes:
         dense: the mask says nothing; tensors go to the kernel as they are.
+        band: the mask is causal or a sliding window, and so is the call; tensors go as they are.
         seqused: the valid keys of each sample are its first; tensors go as they are, with the
             number of valid keys.
         packed: valid keys are gathered, samples end to end; queries too where whole rows are
-            masked, and then the other rows of the output are 0.
+            masked, and then the other rows of the output are 0. Where queries of one sample see
+            different keys, each group of them is a sequence, as a sample is otherwise.
         static: nothing was read from the mask, as in a CUDA graph; all keys are copied, the valid
             ones of each sample to the front, with their number.
     """
@@ -50,7 +47,16 @@ class PackingPlan:
     indices_q: Tensor | None = None
     """int64 (Tq,): positions in B * Sq of the queries that are kept; None: all of them."""
     indices_k: Tensor | None = None
-    """int64 (Tk,): positions in B * Sk of the valid keys; (B * Sk,), of all keys, on static."""
+    """int64 (Tk,): positions in B * Sk of the valid keys; (B * Sk,), of all keys, on static.
+
+    None: all of them, in order.
+    """
+    causal: bool = False
+    """What the kernel is to be told, aligned at the last query and key. Routes band and packed."""
+    window: tuple[int, int] = (-1, -1)
+    also: PackingPlan | None = None
+    """A second launch, for queries that see keys causally where others do not, or the other way
+    round. Each launch gives rows of 0 for the queries of the other: the output is their sum."""
 
     def pack(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, H, D) tensors as the kernel takes them: (T, H, D) on route packed."""
@@ -58,11 +64,7 @@ class PackingPlan:
             return q, _take(k, self.indices_k).view_as(k), _take(v, self.indices_k).view_as(v)
         if self.route != "packed":
             return q, k, v
-        return (
-            q.flatten(0, 1) if self.indices_q is None else _take(q, self.indices_q),
-            _take(k, self.indices_k),
-            _take(v, self.indices_k),
-        )
+        return _take(q, self.indices_q), _take(k, self.indices_k), _take(v, self.indices_k)
 
     def buffer(self, out: Tensor | None) -> Tensor | None:
         """The part of the caller's (B, Sq, H, D) `out` that a kernel can fill by itself, if any."""
@@ -117,6 +119,9 @@ def plan_packing(
 ) -> PackingPlan:
     """The plan for one mask: reads it once, and builds everything a kernel must be told.
 
+    A plan with `causal` or `window` set is for a kernel call with the same; one with `also` is for
+    two calls, whose outputs are added. `attention` sees to both.
+
     Args:
         mask: what each query sees: None, or bool, int or additive float of shape (Sk), (B, Sk),
             (B, 1, 1, Sk), (B, H, 1, Sk), (B, 1, Sq, Sk) or (B, H, Sq, Sk); see
@@ -132,14 +137,14 @@ def plan_packing(
 
     Raises:
         MaskError: the mask does not broadcast to (B, H, Sq, Sk), its values have no meaning, or
-            packing cannot express it: it depends on the query or the head, or is a bias; or, with
-            `static`, might be such a one.
+            packing cannot express it: it depends on the head, or on the query without a pattern, or
+            is a bias; or, with `static`, might be such a one.
     """
     sizes = (batch, heads, q_len, k_len)
     plan = try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused, static=static)
     if isinstance(plan, Opaque):
         raise MaskError(
-            f"{plan.reason}; packing keeps or drops whole keys and whole queries. "
+            f"{plan.reason}; packing takes groups of queries that see the same keys, or bands. "
             "Use torch.nn.functional.scaled_dot_product_attention for this mask"
         )
     return plan
@@ -166,7 +171,79 @@ def try_plan(
         return meaning
     if isinstance(meaning, AllValid):
         return PackingPlan("dense", batch, q_len, k_len)
+    if isinstance(meaning, Band):
+        return _plan_band(meaning, batch, q_len, k_len)
+    if isinstance(meaning, Sequences):
+        assert mask is not None
+        return _plan_sequences(meaning, batch, q_len, k_len, mask.device)
     return _plan_valid(meaning, batch, q_len, k_len, seqused)
+
+
+def _plan_band(band: Band, batch: int, q_len: int, k_len: int) -> PackingPlan:
+    window = (band.left, band.right)
+    if window == (-1, 0):
+        return PackingPlan("band", batch, q_len, k_len, causal=True)
+    return PackingPlan("band", batch, q_len, k_len, window=window)
+
+
+def _plan_sequences(
+    meaning: Sequences, batch: int, q_len: int, k_len: int, device: torch.device
+) -> PackingPlan:
+    """One launch for each way of seeing: causal or not is said to a kernel once."""
+    sequences = list(_of_every_sample(meaning, batch))
+    launches = [
+        _plan_launch(group, causal, batch, q_len, k_len, device)
+        for causal in (False, True)
+        if (group := [s for s in sequences if s.causal == causal])
+    ]
+    return replace(launches[0], also=launches[1]) if launches[1:] else launches[0]
+
+
+def _plan_launch(
+    sequences: list[Sequence],
+    causal: bool,
+    batch: int,
+    q_len: int,
+    k_len: int,
+    device: torch.device,
+) -> PackingPlan:
+    q_lens = [len(s.queries) for s in sequences]
+    k_lens = [len(s.keys) for s in sequences]
+    return PackingPlan(
+        "packed",
+        batch,
+        q_len,
+        k_len,
+        cu_seqlens_q=_ends(q_lens).to(device),
+        cu_seqlens_k=_ends(k_lens).to(device),
+        max_seqlen_q=max(q_lens),
+        max_seqlen_k=max(k_lens),
+        indices_q=_unless_all(
+            [s.queries + s.sample * q_len for s in sequences], batch * q_len, device
+        ),
+        indices_k=_unless_all(
+            [s.keys + s.sample * k_len for s in sequences], batch * k_len, device
+        ),
+        causal=causal,
+    )
+
+
+def _of_every_sample(meaning: Sequences, batch: int) -> Iterator[Sequence]:
+    if meaning.samples == batch:
+        yield from meaning.sequences
+        return
+    for sample in range(batch):
+        yield from (replace(sequence, sample=sample) for sequence in meaning.sequences)
+
+
+def _ends(lens: list[int]) -> Tensor:
+    return F.pad(torch.tensor(lens).cumsum(0), (1, 0)).int()
+
+
+def _unless_all(positions: list[Tensor], total: int, device: torch.device) -> Tensor | None:
+    """Where rows are to be taken from; None where that is from all of them, in order."""
+    joined = torch.cat(positions)
+    return None if torch.equal(joined, torch.arange(total)) else joined.to(device)
 
 
 def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool) -> PackingPlan:
@@ -233,7 +310,8 @@ def _indices(valid: Tensor, total: int) -> Tensor:
 
 def _take(x: Tensor, indices: Tensor | None) -> Tensor:
     """Rows of (B, S, H, D) at `indices` into B * S, copied once whatever the strides."""
-    assert indices is not None
+    if indices is None:
+        return x.flatten(0, 1)
     length = x.shape[1]
     if x.stride(0) == length * x.stride(1):
         return x.flatten(0, 1).index_select(0, indices)

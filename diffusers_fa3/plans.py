@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from diffusers_fa3.errors import MaskError
-from diffusers_fa3.masks import Opaque
+from diffusers_fa3.meaning import Opaque
 from diffusers_fa3.packing import PackingPlan
 
 Plan = PackingPlan | Opaque
@@ -75,13 +75,15 @@ class PlanCache:
 def _same(plan: Plan, other: Plan) -> bool:
     if isinstance(plan, Opaque) or isinstance(other, Opaque):
         return plan == other
-    values = [(getattr(plan, f.name), getattr(other, f.name)) for f in fields(plan)]
-    return all(
-        torch.equal(one, two)
-        if isinstance(one, Tensor) and isinstance(two, Tensor)
-        else one is two or one == two
-        for one, two in values
-    )
+    return all(_alike(getattr(plan, f.name), getattr(other, f.name)) for f in fields(plan))
+
+
+def _alike(one: object, two: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, PackingPlan) and isinstance(two, PackingPlan):
+        return _same(one, two)
+    return one == two
 
 
 def _view(source: Tensor, owner: Tensor) -> tuple[object, ...]:

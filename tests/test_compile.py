@@ -126,7 +126,7 @@ def test_the_op_keeps_the_rules_of_torch_library(packed: bool, return_lse: bool)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         ends = torch.tensor([0, 5, 12], dtype=torch.int32)
     arguments = (
-        *(q, k, v, torch.empty_like(q), "reference", 0.3, False),
+        *(q, k, v, torch.empty_like(q), "reference", 0.3, False, -1, -1),
         *(ends, ends, None, 7, 7, 0, return_lse),
     )
     torch.library.opcheck(forward_into, arguments)

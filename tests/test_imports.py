@@ -27,6 +27,8 @@ ORDER = (
     "plans",
     "packing",
     "masks",
+    "rows",
+    "meaning",
     "providers",
     "out",
     "signature",

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patterns import rebuilt
 
 from diffusers_fa3 import MaskError
-from diffusers_fa3.masks import AllValid, Opaque, Valid, read_mask
+from diffusers_fa3.masks import read_mask
+from diffusers_fa3.meaning import AllValid, Band, Opaque, Valid
 
 B, H, SQ, SK = 2, 3, 4, 5
 SIZES = {"batch": B, "heads": H, "q_len": SQ, "k_len": SK}
@@ -18,6 +20,7 @@ RIGHT = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
 LEFT = [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
 GAP = [[1, 0, 0, 1, 1], [1, 1, 0, 1, 1]]
 SCATTERED = [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]
+BY_QUERY = [[1, 0, 1, 1, 0], [0, 1, 0, 1, 1], [1, 1, 0, 0, 1], [0, 1, 1, 0, 1]]
 ONE_SAMPLE_EMPTY = [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
 
 LAYOUTS = {
@@ -91,7 +94,7 @@ def test_two_axes_are_batch_and_keys_or_queries_and_keys_as_the_caller_says() ->
     assert isinstance(per_key, Valid)
     assert per_key.k_lens == (1, 2, 3, 4)
     per_query = read_mask(square, **sizes, axes_2d="qk")
-    assert per_query == Opaque("mask depends on the query")
+    assert per_query == Band(-1, 0)
 
 
 @pytest.mark.parametrize("form", ["bool", "int64", "-inf"])
@@ -121,11 +124,11 @@ def test_a_sample_without_keys_counts_as_an_outer_product_too() -> None:
         (torch.ones(B, 1, SQ, SK), "float32 mask with values that are a bias, not a mask"),
         (torch.full((B, 1, 1, SK), -9e3), "values that are a bias"),
         (torch.full((B, 1, 1, SK), torch.nan), "values that are a bias"),
-        (torch.ones(1, 1, SQ, SK, dtype=torch.bool).tril(), "mask depends on the query"),
+        (torch.tensor(BY_QUERY)[None, None], "mask that depends on the query"),
         (torch.eye(H, SK, dtype=torch.bool)[None, :, None], "mask differs between heads"),
         (torch.full((B, 1, 1, SK), -1e4), "a row that has no valid key and finite values"),
     ],
-    ids=["bias", "ones", "-9e3", "nan", "causal", "per head", "-1e4 throughout"],
+    ids=["bias", "ones", "-9e3", "nan", "by query", "per head", "-1e4 throughout"],
 )
 def test_what_packing_cannot_express_is_named(mask: torch.Tensor, reason: str) -> None:
     meaning = read_mask(mask, **SIZES)
@@ -169,13 +172,7 @@ def test_a_meaning_is_the_mask(data: st.DataObject) -> None:
 
     full = mask.expand(sizes)
     if isinstance(meaning, Opaque):
-        one_head = full[:, :1]
-        outer = one_head.any(-1, keepdim=True) & one_head.any(-2, keepdim=True)
-        assert not torch.equal(outer.expand(sizes), full)
-    elif isinstance(meaning, AllValid):
-        assert full.all()
+        outer = full.any(-1, keepdim=True) & full.any(-2, keepdim=True)
+        assert not torch.equal(outer, full) or not torch.equal(full, full[:, :1].expand(sizes))
     else:
-        queries = torch.ones(1, q_len, dtype=torch.bool)
-        queries = queries if meaning.queries is None else meaning.queries
-        rebuilt = queries[:, None, :, None] & meaning.keys[:, None, None, :]
-        assert torch.equal(rebuilt.expand(sizes), full)
+        assert torch.equal(rebuilt(meaning, (batch, heads, q_len, k_len)), full)

@@ -137,9 +137,9 @@ def test_unpack_undoes_pack(
 
 
 def test_a_mask_that_packing_cannot_express_is_refused_with_the_way_out() -> None:
-    causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    with pytest.raises(MaskError, match=r"depends on the query; .*scaled_dot_product_attention"):
-        plan_packing(causal, batch=1, q_len=4, k_len=4)
+    bias = torch.rand(1, 1, 4, 4)
+    with pytest.raises(MaskError, match=r"a bias, not a mask; .*scaled_dot_product_attention"):
+        plan_packing(bias, batch=1, q_len=4, k_len=4)
 
 
 # --- static: nothing is read -------------------------------------------------------------------

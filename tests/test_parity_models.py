@@ -18,7 +18,7 @@ from zoo.watch import watched
 from diffusers_fa3 import FA3AttnProcessor, coverage, disable_fa3, enable_fa3
 from diffusers_fa3.calls import PLANS
 
-VARLEN = ("packed", "seqused")
+VARLEN = ("packed", "seqused", "band")
 BY_NAME = {case.name: case for case in CASES}
 
 every_run = pytest.mark.parametrize(("case", "layout"), RUNS, ids=RUN_IDS)
