@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusers_fa3.errors import MaskError
 from diffusers_fa3.meaning import AllValid, Meaning, Opaque, Valid
-from diffusers_fa3.rows import read_rows
+from diffusers_fa3.rows import count_keys, read_rows
 
 MASKED_FROM = -1e4
 """Additive values from here down mask a key: what diffusers writes for padding, and -inf.
@@ -36,7 +36,7 @@ def read_mask(
 ) -> Meaning:
     """The meaning of `mask`, at the price of one read from its device.
 
-    A mask that depends on the query otherwise than by leaving out whole rows costs two more: see
+    A mask that depends on the query otherwise than by leaving out whole rows costs a few more: see
     `rows.read_rows`.
 
     Args:
@@ -60,7 +60,7 @@ def read_mask(
 
     seen = mask if mask.dtype == torch.bool else mask == (0 if mask.is_floating_point() else 1)
     one_head = seen[:, 0]
-    keys, k_seen = one_head.any(-2), one_head.sum(-1)
+    keys, k_seen = one_head.view(torch.uint8).any(-2), count_keys(one_head)
     queries, k_counts = k_seen > 0, keys.sum(-1)
     facts = _Facts.read(
         values=_values_are_those_of_a_mask(mask, seen),
@@ -85,7 +85,7 @@ def read_mask(
     if not facts.heads_agree:
         return Opaque("mask differs between heads")
     if not facts.factors:
-        return read_rows(one_head)
+        return read_rows(one_head, k_seen)
 
     every_query = one_head.shape[1] == 1 or all(n == q_len for n in facts.q_counts)
     if every_query and all(n == k_len for n in facts.k_counts):
@@ -169,14 +169,16 @@ def _values_are_those_of_a_mask(mask: Tensor, seen: Tensor) -> Tensor | None:
     if mask.dtype == torch.bool:
         return None
     masked = mask <= MASKED_FROM if mask.is_floating_point() else mask == 0
-    return (seen | masked).all()
+    return count_keys(seen.flatten(0, 1)).sum() + count_keys(masked.flatten(0, 1)).sum() == (
+        mask.numel()
+    )
 
 
 def _empty_rows_are_zero(mask: Tensor, seen: Tensor) -> Tensor | None:
     """Whether the default, too, gives 0 in rows without a valid key: those of -inf throughout."""
     if not mask.is_floating_point():
         return None
-    return (seen.any(-1) | (mask == -torch.inf).all(-1)).all()
+    return (seen.any(-1) | (mask.amax(-1) == -torch.inf)).all()
 
 
 def _dtype(mask: Tensor) -> str:

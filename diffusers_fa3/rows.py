@@ -3,18 +3,23 @@
 A group is a sequence of its own to a variable-length kernel. So all that falls into few groups can
 be packed: segments, blocks of frames, a causal text before an image that sees everything. Queries
 of which each sees one key more than the one before it are a group as well, a causal one.
+
+A band and a causal group are guessed from a few numbers and then compared with the whole mask.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusers_fa3.meaning import Band, Opaque, Sequence, Sequences
 
-MOST_RUNS = 1024
+MOST_GROUPS = 1024
 """Sequences of one mask, beyond which it is no pattern but scatter."""
 
 COPIES = 2
@@ -25,101 +30,142 @@ than `COPIES` times, or where a copy serves so many queries that the attention d
 BLOCK = 2**26
 """Elements of the mask that are looked at in one go: what is laid out besides it stays small."""
 
-NEW, SAME, GROWN = 0, 1, 2
-"""What a row is to the one above it: another one, the same, or that and one key behind its last."""
+
+def count_keys(seen: Tensor) -> Tensor:
+    """How many keys each row of a (B, Sq, Sk) bool mask sees, (B, Sq), added eight at a time."""
+    counts = []
+    for _, block in _blocks(seen):
+        # A byte for each key: 128 words can be added up before a byte is full.
+        words = _words(block)
+        sums = words.view(*words.shape[:-1], -1, 128).sum(-1)
+        counts.append(sums.view(torch.uint8).sum(-1))
+    return torch.cat(counts, dim=-1)
+
+
+def read_rows(seen: Tensor, counts: Tensor) -> Band | Sequences | Opaque:
+    """What a (B or 1, Sq, Sk) bool mask means that differs from query to query.
+
+    Reads from the mask's device a few times: where rows change, one row of each group, and of what
+    was guessed whether it is so.
+
+    Args:
+        seen: the mask.
+        counts: `count_keys(seen)`.
+    """
+    changes, counts = torch.stack([_changes(seen), counts]).cpu()
+    return _band(seen, counts) or _sequences(seen, changes, counts)
+
+
+def _blocks(seen: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a mask, as many at a time as a block holds, and where they begin."""
+    samples, q_len, k_len = seen.shape
+    step = max(1, BLOCK // (samples * k_len))
+    for start in range(0, q_len, step):
+        yield start, seen[:, start : start + step + overlap]
+
+
+def _words(seen: Tensor) -> Tensor:
+    """Eight keys to an int64, 0 behind the last one: a multiple of 128 words to a row."""
+    return F.pad(seen, (0, -seen.shape[-1] % 1024)).contiguous().view(torch.int64)
+
+
+def _changes(seen: Tensor) -> Tensor:
+    """Which rows differ from the row above, (B, Sq); the first counts as such."""
+    words = (_words(block) for _, block in _blocks(seen, overlap=1))
+    changes = [(block[:, 1:] != block[:, :-1]).any(-1) for block in words]
+    return F.pad(torch.cat(changes, dim=-1)[:, : seen.shape[1] - 1], (1, 0), value=True)
+
+
+def _band(seen: Tensor, counts: Tensor) -> Band | None:
+    """Guessed from the first and the last row."""
+    q_len, k_len = seen.shape[1:]
+    top, bottom = (row.nonzero().flatten().tolist() for row in seen[0, :: q_len - 1].cpu())
+    if not (top and bottom):
+        return None
+    right = -1 if top[-1] == k_len - 1 else top[-1] - (k_len - q_len)
+    left = -1 if bottom[0] == 0 else k_len - 1 - bottom[0]
+    level = torch.arange(k_len - q_len, k_len)
+    first = torch.zeros_like(level) if left < 0 else (level - left).clamp(min=0)
+    last = torch.full_like(level, k_len - 1) if right < 0 else (level + right).clamp(max=k_len - 1)
+    if (counts != last - first + 1).any() or not _rows_are(seen, first, last):
+        return None
+    return Band(left, right)
+
+
+def _rows_are(seen: Tensor, first: Tensor, last: Tensor) -> bool:
+    """Whether rows see just the keys from `first` to `last`, both (Sq,)."""
+    keys = torch.arange(seen.shape[-1], dtype=torch.int32, device=seen.device)
+    first, last = (x.to(seen.device, torch.int32)[:, None] for x in (first, last))
+    for start, block in _blocks(seen):
+        rows = slice(start, start + block.shape[1])
+        band = (keys >= first[rows]) & (keys <= last[rows])
+        if not torch.equal(block, band.expand_as(block)):
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Of each row of a mask, (B, Sq) on the host."""
+class _Run:
+    """Rows `start` to `end` of a sample: the same, or each with one key more than the one above."""
 
-    first: Tensor
-    """Its first key, 0 where there is none."""
-    last: Tensor
-    """Its last key, Sk - 1 where there is none."""
-    count: Tensor
-    changed: Tensor
-    """In how many keys it differs from the row above; 0 in the first row."""
+    sample: int
+    start: int
+    end: int
+    causal: bool
 
 
-def read_rows(seen: Tensor) -> Band | Sequences | Opaque:
-    """What a (B or 1, Sq, Sk) bool mask means that differs from query to query.
-
-    Reads twice from the mask's device: of every row where it begins, ends and changes, and one row
-    of each run of rows that are alike.
-    """
-    rows = _read(seen)
-    return _band(rows, seen.shape[-1]) or _sequences(rows, seen)
-
-
-def _read(seen: Tensor) -> _Rows:
-    samples, q_len, k_len = seen.shape
-    step = max(1, BLOCK // max(1, samples * k_len))
-    blocks = []
-    for start in range(0, q_len, step):
-        block = seen[:, start : start + step]
-        above = seen[:, max(start - 1, 0) : start + block.shape[1] - 1]
-        above = above if start else torch.cat([block[:, :1], above], dim=1)
-        numbers = block.to(torch.uint8)
-        facts = (
-            numbers.argmax(-1),
-            k_len - 1 - numbers.flip(-1).argmax(-1),
-            numbers.sum(-1),
-            (block != above).sum(-1),
-        )
-        blocks.append(torch.stack(facts))
-    return _Rows(*torch.cat(blocks, dim=-1).cpu())
-
-
-def _band(rows: _Rows, k_len: int) -> Band | None:
-    q_len = rows.count.shape[1]
-    if (rows.last - rows.first + 1 != rows.count).any():
-        return None
-    level = torch.arange(k_len - q_len, k_len)
-    left = -1 if not rows.first.any() else int((level - rows.first).max())
-    right = -1 if (rows.last == k_len - 1).all() else int((rows.last - level).max())
-    first = torch.zeros_like(level) if left < 0 else (level - left).clamp(min=0)
-    last = (level * 0 + k_len - 1) if right < 0 else (level + right).clamp(max=k_len - 1)
-    return Band(left, right) if ((rows.first == first) & (rows.last == last)).all() else None
-
-
-def _sequences(rows: _Rows, seen: Tensor) -> Sequences | Opaque:
-    samples, q_len, k_len = seen.shape
-    starts, causal = _runs(rows)
-    if len(starts) > MOST_RUNS:
-        return Opaque(f"mask that depends on the query, in {len(starts)} runs of rows")
-    ends = torch.cat([starts[1:], torch.tensor([samples * q_len])])
-    last_rows = seen[(ends - 1) // q_len, (ends - 1) % q_len].cpu()
+def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opaque:
+    samples, _, k_len = seen.shape
+    runs = _runs(changes, counts)
+    if len(runs) > MOST_GROUPS:
+        return Opaque(f"mask that depends on the query, in {len(runs)} groups of rows")
+    last_rows = seen[[run.sample for run in runs], [run.end - 1 for run in runs]].cpu()
 
     groups: dict[tuple[int, bytes, int], list[Tensor]] = {}
-    for start, end, grows, row in zip(starts.tolist(), ends.tolist(), causal.tolist(), last_rows):
-        sample = start // q_len
+    for run, row in zip(runs, last_rows):
         # A causal run is a group of its own; others join the group that sees the same keys.
-        key = (sample, row.numpy().tobytes(), start if grows else -1)
-        groups.setdefault(key, [row]).append(torch.arange(start, end) - sample * q_len)
+        group = (run.sample, row.numpy().tobytes(), run.start if run.causal else -1)
+        groups.setdefault(group, [row]).append(torch.arange(run.start, run.end))
     found = [
-        Sequence(sample, torch.cat(queries), row.nonzero().flatten(), causal=begins >= 0)
-        for (sample, _, begins), (row, *queries) in groups.items()
+        Sequence(sample, torch.cat(queries), row.nonzero().flatten(), causal=start >= 0)
+        for (sample, _, start), (row, *queries) in groups.items()
         if row.any()
     ]
     copied = sum(len(s.keys) for s in found)
-    seen_in_all = sum(len(s.queries) * len(s.keys) for s in found)
-    if copied > max(COPIES * samples * k_len, seen_in_all // QUERIES_PER_COPY):
+    pairs = sum(len(s.queries) * len(s.keys) for s in found)
+    if copied > max(COPIES * samples * k_len, pairs // QUERIES_PER_COPY):
         return Opaque("mask that depends on the query: packing would copy too many keys")
+    if not all(_grows_at_the_end(seen[s.sample], s) for s in found if s.causal):
+        return Opaque("mask that depends on the query: rows grow, but not at their end")
     return Sequences(tuple(found), samples)
 
 
-def _runs(rows: _Rows) -> tuple[Tensor, Tensor]:
-    """Where runs of rows begin, as positions in B * Sq, and which of them are causal."""
-    change = torch.full_like(rows.count, NEW)
-    grown = (rows.count.diff() == 1) & (rows.last.diff() > 0) & (rows.changed[:, 1:] == 1)
-    change[:, 1:][rows.changed[:, 1:] == 0] = SAME
-    # Above a first key there is no last one to compare with.
-    change[:, 1:][grown | ((rows.count[:, :-1] == 0) & (rows.count[:, 1:] == 1))] = GROWN
-    before = torch.cat([torch.full_like(change[:, :1], NEW), change[:, :-1]], dim=1)
-    begins = (change == NEW) | ((change != before) & (before != NEW))
-    begins[:, 0] = True
-    starts = begins.flatten().nonzero().flatten()
-    second = torch.cat([change.flatten()[1:], torch.tensor([NEW])])[starts]
-    continues = ~torch.cat([begins.flatten()[1:], torch.tensor([True])])[starts]
-    return starts, (second == GROWN) & continues
+def _runs(changes: Tensor, counts: Tensor) -> list[_Run]:
+    """Runs of equal rows; and neighbours of one row each, whose counts rise by one, as one run."""
+    runs: list[_Run] = []
+    for sample, (changed, count) in enumerate(zip(changes.bool(), counts.tolist())):
+        starts = [*changed.nonzero().flatten().tolist(), len(count)]
+        lone = False
+        for start, end in pairwise(starts):
+            previous = runs[-1] if runs and lone else None
+            lone = end == start + 1
+            if previous and lone and count[start] == count[previous.end - 1] + 1:
+                runs[-1] = _Run(sample, previous.start, end, causal=True)
+            else:
+                runs.append(_Run(sample, start, end, causal=False))
+    return runs
+
+
+def _grows_at_the_end(seen: Tensor, group: Sequence) -> bool:
+    """Whether each row of a causal group, whose counts rise by one, sees the first of its keys."""
+    k_len, total = seen.shape[-1], len(group.keys)
+    place = torch.full((k_len,), k_len, dtype=torch.int32)
+    place[group.keys] = torch.arange(total, dtype=torch.int32)
+    counts = torch.arange(total - len(group.queries), total, dtype=torch.int32) + 1
+    place, counts = place.to(seen.device), counts.to(seen.device)[:, None]
+    start = int(group.queries[0])
+    rows = seen[None, start : start + len(group.queries)]
+    return not any(
+        (block & (place >= counts[row : row + block.shape[1]])).any()
+        for row, block in _blocks(rows)
+    )

@@ -141,10 +141,10 @@ def test_scatter_is_left_to_the_default() -> None:
         attention(*tensors(scatter()), scatter(), kernel="reference")
 
 
-def test_too_many_runs_are_left_to_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MOST_RUNS", 2)
+def test_too_many_groups_are_left_to_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MOST_GROUPS", 2)
     assert read(PATTERNS["segments"][0]()) == Opaque(
-        "mask that depends on the query, in 3 runs of rows"
+        "mask that depends on the query, in 3 groups of rows"
     )
 
 
