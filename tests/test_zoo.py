@@ -29,11 +29,11 @@ def watch(case: Case, layout: Layout) -> tuple[torch.Tensor, Log]:
 @every_run
 def test_runs_and_is_deterministic(case: Case, layout: Layout) -> None:
     output, log = watch(case, layout)
-    assert log.calls
+    assert log.calls or case.unreached
     assert torch.isfinite(output).all()
     assert torch.equal(output, case.run(case.build(), layout))
     if layout in PADDED:
-        assert log.hides
+        assert log.hides or log.biased or case.unreached
 
 
 @every_padded_run
@@ -50,7 +50,7 @@ def test_output_changes_when_masks_are_dropped(case: Case, layout: Layout) -> No
     allowed = budget(output, case.exact(layout))
     if log.hides:
         assert error(wrong, output) > SENSITIVITY * allowed
-    else:
+    elif not log.biased:
         assert error(wrong, output) <= allowed
 
 
@@ -62,7 +62,7 @@ def test_output_changes_when_the_first_keys_are_taken(case: Case, layout: Layout
     allowed = budget(output, case.exact(layout))
     if log.misplaced:
         assert error(wrong, output) > SENSITIVITY * allowed
-    else:  # keys on the right are hidden, or none: then the first keys are the right ones
+    elif not log.biased:  # keys on the right are hidden, or none: the first keys are right
         assert error(wrong, output) <= allowed
 
 

@@ -28,7 +28,7 @@ TEXT = 12  # padded length of the text
 
 @dataclass(frozen=True)
 class Refusal:
-    """Calls whose mask no varlen kernel expresses: the default attention serves them.
+    """Layers that are left to their default attention, for a mathematical reason, and counted.
 
     Attributes:
         layer: regular expression over the names of the layers concerned.
@@ -53,9 +53,10 @@ class Case:
         prepare: changes the built model, e.g. loads an adapter.
         pick: the tensor to compare, out of what forward returns. All of it is compared: no model
             of the zoo returns rows that belong to padded tokens.
-        refusal: calls with hidden keys that are left to the default attention, if any.
+        refusal: layers that are left to the default attention, if any.
         pads: whether a caller can change the content of padded tokens at all.
-        unreached: why no attention call of the model can be switched; empty where they can.
+        unreached: why some attention calls of the model cannot be switched, where `watch` sees
+            other calls than the switched processors make; empty where all is reached.
     """
 
     name: str
@@ -113,6 +114,11 @@ def cast(inputs: Any, dtype: torch.dtype, device: torch.device | str = "cpu") ->
     if isinstance(inputs, (list, tuple)):
         return type(inputs)(cast(value, dtype, device) for value in inputs)
     return inputs
+
+
+def cast_input(linear: nn.Linear) -> None:
+    """Let a layer take the float32 sinusoids of a time embedding, whatever its own dtype."""
+    linear.register_forward_pre_hook(lambda layer, given: (given[0].to(layer.weight.dtype),))
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

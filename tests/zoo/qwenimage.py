@@ -1,8 +1,9 @@
-"""Qwen-Image: the joint mask is [text, pads, image], built anew in every layer."""
+"""Qwen-Image and its ControlNet: the mask is [text, pads, image], built anew in every layer."""
 
 from __future__ import annotations
 
-from diffusers import QwenImageTransformer2DModel
+import torch
+from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 
 from .case import ANY_MASK, BATCH, Case, Inputs, Layout, prompt, randn, timesteps
 
@@ -18,21 +19,35 @@ def _inputs(layout: Layout, pads: float) -> Inputs:
     }
 
 
+def _controlnet_inputs(layout: Layout, pads: float) -> Inputs:
+    return {**_inputs(layout, pads), "controlnet_cond": randn(BATCH, 16, 16, seed=2)}
+
+
+CONFIG = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 128,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (16, 56, 56),
+}
+
 CASES = (
     Case(
         name="qwenimage",
         model=QwenImageTransformer2DModel,
-        config={
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 2,
-            "attention_head_dim": 128,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 16,
-            "axes_dims_rope": (16, 56, 56),
-        },
+        config=CONFIG,
         inputs=_inputs,
         layouts=ANY_MASK,
+    ),
+    Case(
+        name="qwenimage_controlnet",
+        model=QwenImageControlNetModel,
+        config=CONFIG,
+        inputs=_controlnet_inputs,
+        layouts=ANY_MASK,
+        pick=torch.cat,  # the residuals of all blocks
     ),
 )

@@ -1,4 +1,7 @@
-"""Wan 2.1: no masks; image-to-video adds a second cross attention, over image tokens."""
+"""Wan 2.1: no masks; image-to-video adds a second cross attention, over image tokens.
+
+Most later video models keep these arguments: their files take the configuration from here.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,11 @@ CONFIG = {
     "num_layers": 1,
     "rope_max_seq_len": 32,
 }
+I2V_CONFIG = {**CONFIG, "image_dim": 24, "added_kv_proj_dim": 256}
 
 
-def _inputs(layout: Layout, pads: float) -> Inputs:
+def inputs(layout: Layout, pads: float) -> Inputs:
+    """Two frames of 4x4 tokens."""
     return {
         "hidden_states": randn(BATCH, 4, 2, 8, 8),
         "timestep": timesteps(1000),
@@ -30,20 +35,16 @@ def _inputs(layout: Layout, pads: float) -> Inputs:
     }
 
 
-def _i2v_inputs(layout: Layout, pads: float) -> Inputs:
+def i2v_inputs(layout: Layout, pads: float) -> Inputs:
+    """The same with image embeddings."""
     return {
-        **_inputs(layout, pads),
+        **inputs(layout, pads),
         "encoder_hidden_states": randn(BATCH, I2V_TEXT, 16, seed=1),
         "encoder_hidden_states_image": randn(BATCH, 5, 24, seed=2),
     }
 
 
 CASES = (
-    Case(name="wan_t2v", model=WanTransformer3DModel, config=CONFIG, inputs=_inputs),
-    Case(
-        name="wan_i2v",
-        model=WanTransformer3DModel,
-        config={**CONFIG, "image_dim": 24, "added_kv_proj_dim": 256},
-        inputs=_i2v_inputs,
-    ),
+    Case(name="wan_t2v", model=WanTransformer3DModel, config=CONFIG, inputs=inputs),
+    Case(name="wan_i2v", model=WanTransformer3DModel, config=I2V_CONFIG, inputs=i2v_inputs),
 )

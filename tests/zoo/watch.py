@@ -26,6 +26,8 @@ class Call:
         hides: some key is hidden from some query.
         leading: in every row the visible keys are the first ones.
         per_query: the mask differs between query rows.
+        biased: the mask weighs keys, rather than to hide or to show them.
+        content: the same for masks of the same values, in calls of the same lengths.
     """
 
     q: tuple[int, ...]
@@ -34,6 +36,8 @@ class Call:
     hides: bool
     leading: bool
     per_query: bool
+    biased: bool
+    content: int
 
 
 @dataclass
@@ -46,6 +50,11 @@ class Log:
     def hides(self) -> bool:
         """Whether some call hides keys."""
         return any(call.hides for call in self.calls)
+
+    @property
+    def biased(self) -> bool:
+        """Whether some call has a bias."""
+        return any(call.biased for call in self.calls)
 
     @property
     def misplaced(self) -> bool:
@@ -71,6 +80,10 @@ def describe(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Cal
         hides=not bool(seen.all()),
         leading=not bool((~seen[..., :-1] & seen[..., 1:]).any()),
         per_query=bool((seen != seen[:, :, :1]).any()),
+        biased=bool(
+            mask is not None and mask.is_floating_point() and ((mask != 0) & (mask > -1e4)).any()
+        ),
+        content=hash((*q.shape[2:], *k.shape[2:], None if mask is None else str(mask.tolist()))),
     )
 
 
@@ -89,36 +102,36 @@ def watched() -> Iterator[Log]:
     """Record the attention calls of the block."""
     log = Log()
 
-    def record(query, key, value, attn_mask=None, **kwargs):
+    def record(query, key, value, attn_mask=None, *args, **kwargs):
         log.calls.append(describe(query, key, attn_mask))
-        return SDPA(query, key, value, attn_mask=attn_mask, **kwargs)
+        return SDPA(query, key, value, attn_mask, *args, **kwargs)
 
     with replaced(record):
         yield log
 
 
-def without_mask(query, key, value, attn_mask=None, **kwargs):
+def without_mask(query, key, value, attn_mask=None, *args, **kwargs):
     """Wrong: the mask is dropped."""
-    return SDPA(query, key, value, **kwargs)
+    return SDPA(query, key, value, None, *args, **kwargs)
 
 
-def first_keys(query, key, value, attn_mask=None, **kwargs):
+def first_keys(query, key, value, attn_mask=None, *args, **kwargs):
     """Wrong: the first n keys in place of the n visible ones, per row."""
     count = visible(query, key, attn_mask).sum(-1, keepdim=True)
     prefix = torch.arange(key.shape[2]) < count
-    return SDPA(query, key, value, attn_mask=prefix, **kwargs)
+    return SDPA(query, key, value, prefix, *args, **kwargs)
 
 
 def key_lost_in(index: int) -> Sdpa:
     """Wrong in one call only: call number `index` misses the last key that it should see."""
     remaining = iter(range(index, -1, -1))
 
-    def sdpa(query, key, value, attn_mask=None, **kwargs):
+    def sdpa(query, key, value, attn_mask=None, *args, **kwargs):
         if next(remaining, None) != 0:
-            return SDPA(query, key, value, attn_mask=attn_mask, **kwargs)
+            return SDPA(query, key, value, attn_mask, *args, **kwargs)
         seen = visible(query, key, attn_mask)
         lost = seen[0].any(dim=(0, 1)).nonzero().max()
         kept = seen & (torch.arange(key.shape[2]) != lost)
-        return SDPA(query, key, value, attn_mask=kept, **kwargs)
+        return SDPA(query, key, value, kept, *args, **kwargs)
 
     return sdpa
