@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusers_fa3.errors import MaskError
 from diffusers_fa3.meaning import AllValid, Meaning, Opaque, Valid
+from diffusers_fa3.outer import OuterMask, compact
 from diffusers_fa3.rows import count_keys, read_rows
 
 MASKED_FROM = -1e4
@@ -52,9 +53,11 @@ def read_mask(
     Raises:
         MaskError: the mask does not broadcast to (B, H, Sq, Sk), or its values have no meaning.
     """
+    if isinstance(mask, OuterMask) and mask.shape[2:] == (q_len, k_len):
+        return _read_outer(mask.queries[:, 0, :, 0], mask.keys[:, 0, 0])
     if mask.requires_grad:
         return Opaque("mask that gradients are asked for")
-    mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
+    mask = compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d), axes=3)
     if mask.numel() == 0:
         return AllValid() if k_len == 0 or 0 in (batch, heads, q_len) else Opaque("empty mask")
 
@@ -87,15 +90,26 @@ def read_mask(
     if not facts.factors:
         return read_rows(one_head, k_seen)
 
-    every_query = one_head.shape[1] == 1 or all(n == q_len for n in facts.q_counts)
-    if every_query and all(n == k_len for n in facts.k_counts):
-        return AllValid()
-    return Valid(
-        keys,
-        facts.k_counts,
-        facts.k_leading,
-        *(() if every_query else (queries, facts.q_counts)),
+    return _valid(None if one_head.shape[1] == 1 else queries, keys, facts)
+
+
+def _read_outer(queries: Tensor, keys: Tensor) -> AllValid | Valid:
+    """The meaning of `queries & keys`, of which the factors are known."""
+    facts = _Facts.read(
+        k_leading=(keys[:, 1:] <= keys[:, :-1]).all(),
+        k_counts=keys.sum(-1),
+        q_counts=queries.sum(-1),
     )
+    return _valid(queries, keys, facts)
+
+
+def _valid(queries: Tensor | None, keys: Tensor, facts: _Facts) -> AllValid | Valid:
+    if queries is not None and all(n == queries.shape[1] for n in facts.q_counts):
+        queries = None
+    if queries is None and all(n == keys.shape[1] for n in facts.k_counts):
+        return AllValid()
+    q_lens = () if queries is None else facts.q_counts
+    return Valid(keys, facts.k_counts, facts.k_leading, queries, q_lens)
 
 
 def keys_by_structure(
@@ -107,7 +121,7 @@ def keys_by_structure(
     Arguments and errors are those of `read_mask`, but that an int mask of other numbers than 0 and
     1 goes unnoticed: what is not 0 is seen.
     """
-    mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
+    mask = compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d), axes=3)
     if mask.is_floating_point():
         return Opaque("additive mask, of which only its values tell whether it is a bias")
     if mask.shape[1] > 1 or mask.shape[2] > 1:
@@ -119,13 +133,13 @@ def keys_by_structure(
 class _Facts:
     """What had to be known of the mask's content, after one transfer to the host."""
 
-    values: bool
-    empty_rows_are_zero: bool
-    heads_agree: bool
-    factors: bool
-    k_leading: bool
     k_counts: tuple[int, ...]
     q_counts: tuple[int, ...]
+    k_leading: bool
+    values: bool = True
+    empty_rows_are_zero: bool = True
+    heads_agree: bool = True
+    factors: bool = True
 
     @classmethod
     def read(cls, *, k_counts: Tensor, q_counts: Tensor, **flags: Tensor | None) -> _Facts:
@@ -133,10 +147,10 @@ class _Facts:
         read: list[int] = torch.cat(
             [torch.stack(list(asked.values())).long(), k_counts, q_counts]
         ).tolist()
-        answers = dict.fromkeys(flags, True) | {n: bool(x) for n, x in zip(asked, read)}
+        answers = {name: bool(x) for name, x in zip(asked, read)}
         counts = read[len(asked) :]
         rows = len(k_counts)
-        return cls(**answers, k_counts=tuple(counts[:rows]), q_counts=tuple(counts[rows:]))
+        return cls(tuple(counts[:rows]), tuple(counts[rows:]), **answers)
 
 
 def _as_4d(mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D) -> Tensor:
@@ -155,14 +169,6 @@ def _as_4d(mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D) -> T
             f"or (B, 1, Sq, Sk) = {(batch, 1, q_len, k_len)}"
         )
     return view.expand(-1, -1, -1, sizes[3])
-
-
-def _compact(mask: Tensor) -> Tensor:
-    """One row for each axis but Sk along which the mask was expanded, nothing being copied."""
-    for axis in range(3):
-        if mask.stride(axis) == 0 and mask.shape[axis] > 1:
-            mask = mask.narrow(axis, 0, 1)
-    return mask
 
 
 def _values_are_those_of_a_mask(mask: Tensor, seen: Tensor) -> Tensor | None:

@@ -43,13 +43,13 @@ class PlanCache:
         """The plan that follows from `sources` and `call`, and whether it was made just now.
 
         Args:
-            sources: at least one tensor, together with `call` all that the plan depends on.
+            sources: tensors, together with `call` all that the plan depends on.
             call: hashable.
             make: makes the plan where there is none.
         """
         if any(source.is_inference() for source in sources):
             return make(), True
-        owners = [source if source._base is None else source._base for source in sources]
+        owners = [owner_of(source) for source in sources]
         key = (tuple(map(_view, sources, owners)), call)
         remembered = self._plans.get(key)
         if remembered is not None:
@@ -70,6 +70,11 @@ class PlanCache:
                 del self._plans[key]
         while len(self._plans) >= CAPACITY:
             self._plans.popitem(last=False)
+
+
+def owner_of(source: Tensor) -> Tensor:
+    """The tensor that the memory of this one belongs to."""
+    return source if source._base is None else source._base
 
 
 def _same(plan: Plan, other: Plan) -> bool:

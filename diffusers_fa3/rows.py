@@ -22,10 +22,11 @@ from diffusers_fa3.meaning import Band, Opaque, Sequence, Sequences
 MOST_GROUPS = 1024
 """Sequences of one mask, beyond which it is no pattern but scatter."""
 
-COPIES = 2
-QUERIES_PER_COPY = 32
-"""A key is copied for each group that sees it. That pays where all keys together are copied no more
-than `COPIES` times, or where a copy serves so many queries that the attention dwarfs it."""
+COPIES = 4
+QUERIES_PER_COPY = 512
+"""A key is copied for each group that sees it: at most so many times on average, and once more for
+so many queries of the call. On an H100, copying a key takes about as long as 500 queries take to
+see it."""
 
 BLOCK = 2**26
 """Elements of the mask that are looked at in one go: what is laid out besides it stays small."""
@@ -115,7 +116,7 @@ class _Run:
 
 
 def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opaque:
-    samples, _, k_len = seen.shape
+    samples, q_len, k_len = seen.shape
     runs = _runs(changes, counts)
     if len(runs) > MOST_GROUPS:
         return Opaque(f"mask that depends on the query, in {len(runs)} groups of rows")
@@ -131,9 +132,8 @@ def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opa
         for (sample, _, start), (row, *queries) in groups.items()
         if row.any()
     ]
-    copied = sum(len(s.keys) for s in found)
-    pairs = sum(len(s.queries) * len(s.keys) for s in found)
-    if copied > max(COPIES * samples * k_len, pairs // QUERIES_PER_COPY):
+    copies = max(COPIES, q_len // QUERIES_PER_COPY)
+    if sum(len(s.keys) for s in found) > copies * samples * k_len:
         return Opaque("mask that depends on the query: packing would copy too many keys")
     if not all(_grows_at_the_end(seen[s.sample], s) for s in found if s.causal):
         return Opaque("mask that depends on the query: rows grow, but not at their end")

@@ -28,6 +28,7 @@ ORDER = (
     "packing",
     "masks",
     "rows",
+    "outer",
     "meaning",
     "providers",
     "out",

@@ -20,7 +20,6 @@ RIGHT = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
 LEFT = [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
 GAP = [[1, 0, 0, 1, 1], [1, 1, 0, 1, 1]]
 SCATTERED = [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]
-BY_QUERY = [[1, 0, 1, 1, 0], [0, 1, 0, 1, 1], [1, 1, 0, 0, 1], [0, 1, 1, 0, 1]]
 ONE_SAMPLE_EMPTY = [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
 
 LAYOUTS = {
@@ -124,11 +123,10 @@ def test_a_sample_without_keys_counts_as_an_outer_product_too() -> None:
         (torch.ones(B, 1, SQ, SK), "float32 mask with values that are a bias, not a mask"),
         (torch.full((B, 1, 1, SK), -9e3), "values that are a bias"),
         (torch.full((B, 1, 1, SK), torch.nan), "values that are a bias"),
-        (torch.tensor(BY_QUERY)[None, None], "mask that depends on the query"),
         (torch.eye(H, SK, dtype=torch.bool)[None, :, None], "mask differs between heads"),
         (torch.full((B, 1, 1, SK), -1e4), "a row that has no valid key and finite values"),
     ],
-    ids=["bias", "ones", "-9e3", "nan", "by query", "per head", "-1e4 throughout"],
+    ids=["bias", "ones", "-9e3", "nan", "per head", "-1e4 throughout"],
 )
 def test_what_packing_cannot_express_is_named(mask: torch.Tensor, reason: str) -> None:
     meaning = read_mask(mask, **SIZES)

@@ -149,7 +149,7 @@ def test_too_many_groups_are_left_to_the_default(monkeypatch: pytest.MonkeyPatch
 
 
 def test_keys_may_be_copied_often_where_many_queries_share_them() -> None:
-    frames = torch.arange(512) // 64  # eight blocks: each key is copied 4.5 times on average
+    frames = torch.arange(4096) // 512  # eight blocks: each key is copied 4.5 times on average
     meaning = read((frames[:, None] >= frames)[None, None])
     assert isinstance(meaning, Sequences)
     frames = torch.arange(64) // 8

@@ -1,0 +1,160 @@
+"""Masks that are not laid out: what is valid stays two factors, queries and keys.
+
+A few of diffusers' blocks make a (B, 1, S, S) mask of a (B, S) one, in every layer, only to say
+which tokens are padding: at 50,000 tokens that is 2.5 GB, written several times. Given a
+`SpreadMask`, they make an `OuterMask` by the very same operations, of which a plan is made without
+looking at S x S. Whatever else is done with either, the default attention included, has the mask
+that it would have had.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+BLOCKS = (
+    "ChromaSingleTransformerBlock",
+    "ChromaTransformerBlock",
+    "HunyuanVideo15TransformerBlock",
+)
+"""Classes of diffusers whose forward, or whose attention, multiplies its (B, S) mask by itself."""
+
+ARGUMENT = "attention_mask"
+
+
+class OuterMask(Tensor):
+    """A (B, 1, Sq, Sk) bool mask, `queries & keys`; laid out as soon as any operation asks for it.
+
+    Attributes:
+        queries: (B or 1, 1, Sq, 1) bool.
+        keys: (B or 1, 1, 1, Sk) bool.
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+    @staticmethod
+    def __new__(cls, queries: Tensor, keys: Tensor) -> OuterMask:  # noqa: D102
+        shape = (max(len(queries), len(keys)), 1, queries.shape[2], keys.shape[3])
+        mask: OuterMask = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=torch.bool, device=keys.device
+        )
+        mask.queries, mask.keys = queries, keys
+        return mask
+
+    def __init__(self, queries: Tensor, keys: Tensor) -> None:
+        pass  # all is done where the tensor is made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # an idiom
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no method of a class
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, cls.laid_out, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def laid_out(self) -> Tensor:
+        """The mask itself."""
+        return self.queries & self.keys
+
+
+class SpreadMask(Tensor):
+    """A bool mask: repeating it gives a view, multiplying it by another one an `OuterMask`."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _PRODUCTS and all(isinstance(factor, cls) for factor in args):
+                return _product(*args)
+            result = _repeat(*args) if func is Tensor.repeat else func(*args, **(kwargs or {}))
+        stays = func in _STAYS and result.dtype == torch.bool
+        return result.as_subclass(cls) if stays else result
+
+
+_PRODUCTS = frozenset({Tensor.__and__, Tensor.mul, Tensor.__mul__, Tensor.bitwise_and})
+_STAYS = frozenset(
+    {
+        F.pad,
+        Tensor.__getitem__,
+        Tensor.bool,
+        Tensor.repeat,
+        Tensor.to,
+        Tensor.transpose,
+        Tensor.unsqueeze,
+        Tensor.view,
+    }
+)
+"""Operations after which a mask is still one that is spread out; any other gives a plain tensor."""
+
+
+def _repeat(mask: Tensor, *times: int) -> Tensor:
+    if len(times) == mask.ndim and all(1 in pair for pair in zip(times, mask.shape)):
+        return mask.expand(*(n * size for n, size in zip(times, mask.shape)))
+    return mask.repeat(*times)
+
+
+def _product(one: Tensor, two: Tensor) -> Tensor:
+    one, two = one.as_subclass(Tensor), two.as_subclass(Tensor)
+    if one.ndim == two.ndim == 4 and one.shape[1] == two.shape[1] == 1:
+        factors = (compact(one, axes=4), compact(two, axes=4))
+        queries, keys = factors if factors[0].shape[3] == 1 else reversed(factors)
+        if queries.shape[3] == keys.shape[2] == 1:
+            return OuterMask(queries, keys)
+    return one & two
+
+
+def compact(mask: Tensor, axes: int) -> Tensor:
+    """One row for each of the first axes along which a mask was expanded, nothing being copied."""
+    for axis in range(axes):
+        if mask.stride(axis) == 0 and mask.shape[axis] > 1:
+            mask = mask.narrow(axis, 0, 1)
+    return mask
+
+
+def sources_of(mask: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that a mask consists of."""
+    return (mask.queries, mask.keys) if isinstance(mask, OuterMask) else (mask,)
+
+
+def spread_masks_of(block: nn.Module) -> None:
+    """Have a block of `BLOCKS` be given its mask as a `SpreadMask`; leave any other module."""
+    if type(block).__name__ in BLOCKS and _spread not in block._forward_pre_hooks.values():
+        block.register_forward_pre_hook(_spread, with_kwargs=True)
+
+
+def lay_out_masks_of(block: nn.Module) -> None:
+    """Undo `spread_masks_of`."""
+    for key, hook in list(block._forward_pre_hooks.items()):
+        if hook is _spread:
+            del block._forward_pre_hooks[key]
+            del block._forward_pre_hooks_with_kwargs[key]
+
+
+def _spread(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if torch.compiler.is_compiling():
+        return None
+    place = _place(type(block).forward)
+    given = kwargs[ARGUMENT] if ARGUMENT in kwargs else (*args, None)[min(place, len(args))]
+    if type(given) is not Tensor or given.dtype != torch.bool or given.ndim != 2:
+        return None
+    spread = given.as_subclass(SpreadMask)
+    if ARGUMENT in kwargs:
+        return args, {**kwargs, ARGUMENT: spread}
+    return (*args[:place], spread, *args[place + 1 :]), kwargs
+
+
+@cache
+def _place(forward: Callable[..., Any]) -> int:
+    """Where the mask stands among the arguments by position."""
+    _, *names = inspect.signature(forward).parameters
+    return names.index(ARGUMENT)
