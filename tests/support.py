@@ -1,15 +1,21 @@
-"""The two tables of the README: measured here, on every model and padding layout of the zoo."""
+"""The two tables of the README: measured here, on every model and padding layout of the zoo.
+
+`pytest` prints the first at the end of a run that measured it.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers.models import attention_dispatch
 from zoo import CASES, Case, Layout
 from zoo.budget import budget, error
+from zoo.watch import Log, watched
 
 from diffusers_fa3 import coverage, enable_fa3, flash_attn_varlen_func
 
@@ -17,35 +23,58 @@ LAYOUTS: tuple[Layout, ...] = ("none", "all_true", "right", "left", "ragged", "g
 BACKENDS = ("_flash_3", "_flash_varlen_3", "_flash_3_varlen_hub")
 
 
+@functools.cache
 def routes_table() -> str:
     """Which route each model takes with each layout of padding."""
-    head = ["model", *(layout.replace("_", "-") for layout in LAYOUTS)]
-    rows = [[f"`{case.name}`", *(routes(case, layout) for layout in LAYOUTS)] for case in CASES]
-    return markdown([head, *rows])
+    head = ["model", "case", *(layout.replace("_", "-") for layout in LAYOUTS), "not on a kernel"]
+    return markdown([head, *(routes_row(case) for case in CASES)])
 
 
+@functools.cache
 def upstream_table() -> str:
     """What diffusers' backends make of the same masks, where they reach the model at all."""
     rows = []
     for case in CASES:
-        layouts = [layout for layout in case.layouts if layout not in ("none", "all_true")]
+        layouts = [layout for layout in case.layouts if masked(case, layout)]
         if layouts:
-            rows.append(
-                [f"`{case.name}`", *(verdicts(case, layouts, backend) for backend in BACKENDS)]
-            )
-    return markdown([["model", *(f"`{backend}`" for backend in BACKENDS)], *rows])
+            cells = [verdicts(case, layouts, backend) for backend in BACKENDS]
+            rows.append([f"`{model_of(case)}`", f"`{case.name}`", *cells])
+    return markdown([["model", "case", *(f"`{backend}`" for backend in BACKENDS)], *rows])
 
 
-def routes(case: Case, layout: Layout) -> str:
-    """The routes of one forward; "default" where the default attention served a call."""
-    if layout not in case.layouts:
-        return ""
-    model = case.build()
-    enable_fa3(model, kernel="reference", fallback="silent")
-    case.run(model, layout)
-    report = coverage(model)
-    found = Counter(route for row in report.rows for route in row.calls)
-    return ", ".join([*sorted(found), *(["default"] if report.fallbacks else [])])
+def model_of(case: Case) -> str:
+    """The class of diffusers that a case is of."""
+    return next(c.__name__ for c in case.model.__mro__ if c.__module__.startswith("diffusers."))
+
+
+def routes_row(case: Case) -> list[str]:
+    """The routes of one forward for each layout; and what was left to the default, and why."""
+    cells, reasons = [], Counter[str]()
+    for layout in LAYOUTS:
+        found = Counter[str]()
+        if layout in case.layouts:
+            model = case.build()
+            enable_fa3(model, kernel="reference", fallback="silent")
+            case.run(model, layout)
+            for row in coverage(model).rows:
+                found.update(row.calls.keys())
+                reasons.update(row.fallbacks)
+        cells.append(", ".join(sorted(found)) or ("default" if layout in case.layouts else ""))
+    why = case.unreached or "; ".join(sorted(reasons))
+    return [f"`{model_of(case)}`", f"`{case.name}`", *cells, why]
+
+
+@functools.cache
+def default(case: Case, layout: Layout) -> tuple[torch.Tensor, Log]:
+    """The output of the default processors, and what they called."""
+    with watched() as log:
+        output = case.run(case.build(), layout)
+    return output, log
+
+
+def masked(case: Case, layout: Layout) -> bool:
+    """Whether a forward hides keys from an attention call."""
+    return default(case, layout)[1].hides
 
 
 def verdicts(case: Case, layouts: list[Layout], backend: str) -> str:
@@ -60,7 +89,7 @@ def verdicts(case: Case, layouts: list[Layout], backend: str) -> str:
 
 def verdict(case: Case, layout: Layout, backend: str) -> str:
     """One forward on a backend of diffusers, with exact mathematics as its kernel."""
-    default, exact = case.run(case.build(), layout), case.exact(layout)
+    expected, exact = default(case, layout)[0], case.exact(layout)
     model = case.build()
     for module in model.modules():
         if hasattr(getattr(module, "processor", None), "_attention_backend"):
@@ -72,7 +101,7 @@ def verdict(case: Case, layout: Layout, backend: str) -> str:
             return "raises"
     if not reached:
         return "not reached"
-    return "equal" if error(output, exact) <= budget(default, exact) else "**wrong**"
+    return "equal" if error(output, exact) <= budget(expected, exact) else "**wrong**"
 
 
 @contextmanager

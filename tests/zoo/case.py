@@ -7,6 +7,7 @@ initialisation (zero gates, zero projections) is filled, so a wrong attention ca
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Case:
         with torch.no_grad():
             return self.pick(model(**inputs, return_dict=False))
 
+    @functools.cache  # noqa: B019  # a case lives as long as the process
     def exact(self, layout: Layout) -> torch.Tensor:
         """Return the output of the default attention in float64."""
         model = self.build(torch.float64)
