@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention
@@ -45,7 +45,8 @@ def register() -> None:
         return
     for layer_class in (Attention, AttentionModuleMixin):
         _patch(layer_class, "set_processor", _set_processor)
-    _patch(DiffusionPipeline, "set_attn_processor", _set_attn_processor)
+    for pipeline_class in (DiffusionPipeline, ModularPipeline):
+        _patch(pipeline_class, "set_attn_processor", _set_attn_processor)
     _patch(ModelMixin, "set_attention_backend", _set_attention_backend)
     _patch(ModelMixin, "reset_attention_backend", _reset_attention_backend)
     _add_backend()

@@ -54,6 +54,8 @@ def read_mask(
         MaskError: the mask does not broadcast to (B, H, Sq, Sk), or its values have no meaning.
     """
     if isinstance(mask, OuterMask) and mask.shape[2:] == (q_len, k_len):
+        if mask.is_floating_point():
+            return _bias(mask)
         return _read_outer(mask.queries[:, 0, :, 0], mask.keys[:, 0, 0])
     if mask.requires_grad:
         return Opaque("mask that gradients are asked for")
@@ -79,7 +81,7 @@ def read_mask(
     if not facts.values:
         if not mask.is_floating_point():
             raise MaskError(f"{_dtype(mask)} mask with values other than 0 and 1; pass a bool mask")
-        return Opaque(f"{_dtype(mask)} mask with values that are a bias, not a mask")
+        return _bias(mask)
     if not facts.empty_rows_are_zero:
         return Opaque(
             "additive mask with a row that has no valid key and finite values: "
@@ -185,6 +187,10 @@ def _empty_rows_are_zero(mask: Tensor, seen: Tensor) -> Tensor | None:
     if not mask.is_floating_point():
         return None
     return (seen.any(-1) | (mask.amax(-1) == -torch.inf)).all()
+
+
+def _bias(mask: Tensor) -> Opaque:
+    return Opaque(f"{_dtype(mask)} mask with values that are a bias, not a mask")
 
 
 def _dtype(mask: Tensor) -> str:

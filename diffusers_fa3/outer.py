@@ -24,17 +24,21 @@ BLOCKS = (
     "ChromaTransformerBlock",
     "HunyuanVideo15TransformerBlock",
 )
-"""Classes of diffusers whose forward, or whose attention, multiplies its (B, S) mask by itself."""
+"""Classes of diffusers whose forward, or whose attention, multiplies its (B, S) mask by itself.
+
+Chroma's pipelines pass it 0 and 1 as floats, which PyTorch's attention adds to the logits. That too
+is told from the factors.
+"""
 
 ARGUMENT = "attention_mask"
 
 
 class OuterMask(Tensor):
-    """A (B, 1, Sq, Sk) bool mask, `queries & keys`; laid out as soon as any operation asks for it.
+    """A (B, 1, Sq, Sk) mask, `queries * keys`; laid out as soon as any operation asks for it.
 
     Attributes:
-        queries: (B or 1, 1, Sq, 1) bool.
-        keys: (B or 1, 1, 1, Sk) bool.
+        queries: (B or 1, 1, Sq, 1), bool or float.
+        keys: (B or 1, 1, 1, Sk), likewise.
     """
 
     queries: Tensor
@@ -44,7 +48,7 @@ class OuterMask(Tensor):
     def __new__(cls, queries: Tensor, keys: Tensor) -> OuterMask:  # noqa: D102
         shape = (max(len(queries), len(keys)), 1, queries.shape[2], keys.shape[3])
         mask: OuterMask = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=torch.bool, device=keys.device
+            cls, shape, dtype=keys.dtype, device=keys.device
         )
         mask.queries, mask.keys = queries, keys
         return mask
@@ -63,19 +67,19 @@ class OuterMask(Tensor):
 
     def laid_out(self) -> Tensor:
         """The mask itself."""
-        return self.queries & self.keys
+        return self.queries * self.keys
 
 
 class SpreadMask(Tensor):
-    """A bool mask: repeating it gives a view, multiplying it by another one an `OuterMask`."""
+    """A mask, bool or float: repeated it is a view, multiplied by another one an `OuterMask`."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func in _PRODUCTS and all(isinstance(factor, cls) for factor in args):
-                return _product(*args)
+                return _product(func, *args)
             result = _repeat(*args) if func is Tensor.repeat else func(*args, **(kwargs or {}))
-        stays = func in _STAYS and result.dtype == torch.bool
+        stays = func in _STAYS and _can_be_spread(result)
         return result.as_subclass(cls) if stays else result
 
 
@@ -101,14 +105,19 @@ def _repeat(mask: Tensor, *times: int) -> Tensor:
     return mask.repeat(*times)
 
 
-def _product(one: Tensor, two: Tensor) -> Tensor:
+def _product(multiply: Callable[..., Tensor], one: Tensor, two: Tensor) -> Tensor:
     one, two = one.as_subclass(Tensor), two.as_subclass(Tensor)
-    if one.ndim == two.ndim == 4 and one.shape[1] == two.shape[1] == 1:
+    alike = one.dtype == two.dtype and one.ndim == two.ndim == 4
+    if alike and one.shape[1] == two.shape[1] == 1:
         factors = (compact(one, axes=4), compact(two, axes=4))
         queries, keys = factors if factors[0].shape[3] == 1 else reversed(factors)
         if queries.shape[3] == keys.shape[2] == 1:
             return OuterMask(queries, keys)
-    return one & two
+    return multiply(one, two)
+
+
+def _can_be_spread(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or mask.is_floating_point()
 
 
 def compact(mask: Tensor, axes: int) -> Tensor:
@@ -145,7 +154,7 @@ def _spread(
         return None
     place = _place(type(block).forward)
     given = kwargs[ARGUMENT] if ARGUMENT in kwargs else (*args, None)[min(place, len(args))]
-    if type(given) is not Tensor or given.dtype != torch.bool or given.ndim != 2:
+    if type(given) is not Tensor or given.ndim != 2 or not _can_be_spread(given):
         return None
     spread = given.as_subclass(SpreadMask)
     if ARGUMENT in kwargs:

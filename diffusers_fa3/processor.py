@@ -7,10 +7,17 @@ import inspect
 import types
 from typing import Any
 
+import torch
+from torch.torch_version import TorchVersion
+
 from diffusers_fa3.calls import Fallback, Frame, Layer, Settings
 from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.providers import KernelChoice
-from diffusers_fa3.rebind import rebound
+from diffusers_fa3.rebind import calls_attention, rebound
+
+READY_MADE_SIGNATURES = TorchVersion(torch.__version__) < "2.14"
+"""diffusers sorts a layer's arguments by its processor's signature, in every call: a ready-made one
+saves 8 us. From torch 2.14 on, Dynamo cannot trace it."""
 
 
 class FA3AttnProcessor:
@@ -89,7 +96,7 @@ def wrap(processor: Any, settings: Settings, name: str = "") -> FA3AttnProcessor
         )
     wrapped: FA3AttnProcessor = object.__new__(_wrapped_class(cls))
     object.__setattr__(wrapped, "__dict__", processor.__dict__)
-    object.__setattr__(wrapped, "_fa3", Layer(processor, settings, name))
+    object.__setattr__(wrapped, "_fa3", Layer(processor, settings, name, calls_attention(cls)))
     return wrapped
 
 
@@ -125,9 +132,9 @@ def _wrapped_class(cls: type) -> type:
         with Frame(self._fa3, args, kwargs):
             return own_call(self, *args, **kwargs)
 
-    # diffusers sorts a layer's arguments by the signature, in every call: it is given ready-made.
+    if READY_MADE_SIGNATURES:
+        vars(__call__)["__signature__"] = inspect.signature(cls.__call__)
     # Dynamo guards the number of defaults, which None does not have.
-    vars(__call__)["__signature__"] = inspect.signature(cls.__call__)
     setattr(__call__, "__defaults__", ())  # noqa: B010  # for mypy, it is no function
     return type(cls)(
         cls.__name__,

@@ -60,7 +60,8 @@ def routes_row(case: Case) -> list[str]:
                 found.update(row.calls.keys())
                 reasons.update(row.fallbacks)
         cells.append(", ".join(sorted(found)) or ("default" if layout in case.layouts else ""))
-    why = case.unreached or "; ".join(sorted(reasons))
+    outside = ["attention of a module without a processor"] if case.outside else []
+    why = case.unreached or "; ".join([*outside, *sorted(reasons)])
     return [f"`{model_of(case)}`", f"`{case.name}`", *cells, why]
 
 

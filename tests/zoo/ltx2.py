@@ -4,7 +4,8 @@ That mask, (B, H, T, T) and additive, is what LTX-2's pipeline for references ma
 tokens see everything, keyframes see all but the references, and each group of references sees the
 noisy tokens and itself. Each reference token has a strength; one between 0 and 1 makes a bias, -1e4
 times what is missing to 1, which is no mask. LTX-2.3 computes self attention for the samples that
-are to be perturbed as well, and then puts the values in its place.
+are to be perturbed as well, and then puts the values in its place. Where all samples are, it does
+without the call.
 """
 
 from __future__ import annotations
@@ -133,6 +134,14 @@ CASES = (
         model=LTX2VideoTransformer3DModel,
         config=CONFIG_23,
         inputs=_perturbed_inputs,
+        layouts=("none", "ragged"),
+        pick=both,
+    ),
+    Case(
+        name="ltx2_perturbed_throughout",
+        model=LTX2VideoTransformer3DModel,
+        config=CONFIG_23,
+        inputs=lambda layout, pads: {**_perturbed_inputs(layout, pads), "perturbation_mask": None},
         layouts=("none", "ragged"),
         pick=both,
     ),
