@@ -13,6 +13,7 @@ from diffusers_fa3.errors import (
     KernelUnavailableError,
     MaskError,
     UnsupportedModelError,
+    UnsupportedVersionError,
 )
 from diffusers_fa3.interface import flash_attn_varlen_func, flash_attn_with_kvcache
 from diffusers_fa3.out import call_kernel
@@ -45,6 +46,7 @@ __all__ = [
     "MaskError",
     "PackingPlan",
     "UnsupportedModelError",
+    "UnsupportedVersionError",
     "attention",
     "available_kernels",
     "call_kernel",

@@ -22,6 +22,7 @@ from diffusers.models import attention_dispatch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusers_fa3 import host
 from diffusers_fa3.attention import Declined, Served, attend
 from diffusers_fa3.errors import (
     FA3Error,
@@ -32,8 +33,11 @@ from diffusers_fa3.errors import (
 )
 from diffusers_fa3.masks import Axes2D
 from diffusers_fa3.ops import note_declined
-from diffusers_fa3.plans import Plan, PlanCache
+from diffusers_fa3.outer import sources_of
+from diffusers_fa3.plans import Plan, PlanCache, owner_of
 from diffusers_fa3.providers import KernelChoice
+
+host.check()
 
 Fallback = Literal["warn", "error", "silent"]
 
@@ -64,6 +68,8 @@ class Layer:
     """None: no single layer, but diffusers' process-wide backend."""
     settings: Settings
     name: str = ""
+    attends: bool = True
+    """Whether the processor has an attention call; one with linear attention has none."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By kernel and route."""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -109,9 +115,10 @@ class Frame:
 
     def __exit__(self, failed: object, *_: object) -> None:
         _running.frame = self.outer
-        if failed is None and self.attention_calls == 0:
+        if failed is None and not self.layer.attends:
             reason = "makes no attention call that could be switched"
-            self.layer.decline(reason, UnsupportedModelError(f"{self.layer} {reason}"))
+            way_out = "leave the layer out by `layers`"
+            self.layer.decline(reason, UnsupportedModelError(f"{self.layer} {reason}; {way_out}"))
 
     def attend(
         self,
@@ -125,6 +132,10 @@ class Frame:
         axes_2d: Axes2D,
     ) -> Tensor | None:
         """The kernel's output, or None, counted, where the default attention is to serve."""
+        unseen = _what_a_kernel_would_miss(mask)
+        if unseen:
+            self.decline(unseen)
+            return None
         self.attention_calls += 1
         layer = self.layer
         answer: Served | Declined
@@ -158,42 +169,53 @@ class Frame:
     def _find_plan(self, mask: Tensor, call: object, make: Callable[[], Plan]) -> Plan:
         """The plan of an earlier layer that was given the same masks, or of this very mask.
 
-        Most of diffusers' processors build the mask of their attention call anew, in every layer,
+        Many of diffusers' processors build the mask of their attention call anew, in every layer,
         from what they were given; there it is that which is recognised.
         """
-        sources: list[Tensor] = []
+        sources: list[Tensor] = list(sources_of(mask))
+        given: list[Tensor] = []
         rest: list[object] = []
-        if _is_of_diffusers(self.layer.processor) and self._read_arguments(sources, rest):
-            call = (
-                call,
-                type(self.layer.processor),
-                self.attention_calls,
-                mask.dtype,
-                mask.shape,
-                *rest,
-            )
-        else:
-            sources = [mask]
+        if _is_of_diffusers(self.layer.processor) and self._read_arguments(given, rest):
+            owners = {id(owner_of(source)) for source in given}
+            if not owners.issuperset(id(owner_of(source)) for source in sources):
+                sources = given
+                processor_class = type(self.layer.processor)
+                call = (call, processor_class, self.attention_calls, mask.dtype, mask.shape, *rest)
         plan, made = PLANS.find(sources, call, make)
         self.layer.plans_made += made
         self.layer.plans_reused += not made
         return plan
 
     def _read_arguments(self, sources: list[Tensor], rest: list[object]) -> bool:
-        """Whether the processor was given masks; and they, and all else but activations, if so."""
+        """Gather the masks that the processor was given, and all else but activations.
+
+        Whether that is all that a mask which it makes can depend on.
+        """
         processor_class: Any = type(self.layer.processor)
         names = _positional_names(processor_class)
         if len(self.args) > len(names):
             return False
         arguments = [*zip(names, self.args), *self.kwargs.items()]
-        return all(_sort(*argument, sources, rest) for argument in arguments) and bool(sources)
+        return all(_sort(*argument, sources, rest) for argument in arguments)
+
+
+def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
+    """What only PyTorch's attention can follow; empty where there is nothing of the kind."""
+    if mask is not None and mask.is_meta:
+        return "mask on the meta device, where it has no content"
+    for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+        # torch's own give new tensors a device. diffusers' perturbed-attention guidance sets one
+        # that has PyTorch's attention return v.
+        if not type(mode).__module__.startswith("torch."):
+            return f"{type(mode).__name__} is active, which may replace PyTorch's attention"
+    return ""
 
 
 def _sort(name: str, value: object, sources: list[Tensor], rest: list[object]) -> bool:
     """Sort an argument into masks and the rest; False where it could hide a mask."""
     if isinstance(value, Tensor):
         if "mask" in name or not (value.is_floating_point() or value.is_complex()):
-            sources.append(value)
+            sources.extend(sources_of(value))
         return True
     if isinstance(value, tuple | list):
         return all(_sort(name, item, sources, rest) for item in value)

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from diffusers_fa3.calls import Frame, Layer, Settings, attend_dispatched
-from diffusers_fa3.enable import disable_fa3, enable_fa3, models_of
+from diffusers_fa3.enable import disable_fa3, enable_fa3, mark_switched, models_of
 from diffusers_fa3.processor import is_request, layer_of, unwrap, wrap
 
 NAME = "fa3"
@@ -78,6 +78,7 @@ def _patch(owner: type, name: str, replacement: Callable[..., Any]) -> None:
 def _set_processor(layer: Any, original: Callable[..., None], processor: Any) -> None:
     if is_request(processor):
         processor = wrap(unwrap(layer.processor), processor._fa3.settings)
+        mark_switched(layer)
     original(layer, processor)
 
 
@@ -96,6 +97,7 @@ def _set_attn_processor(pipe: Any, original: Callable[..., None] | None, process
 
 def _set_attention_backend(model: Any, original: Callable[..., None], backend: str) -> None:
     if getattr(backend, "value", backend).lower() == NAME:
+        model.reset_attention_backend()  # another one that was set before would go on to serve
         enable_fa3(model)
         return
     original(model, backend)

@@ -10,14 +10,18 @@ from torch import nn
 
 from diffusers_fa3.calls import Fallback, Settings
 from diffusers_fa3.errors import InputError, UnsupportedModelError
+from diffusers_fa3.outer import lay_out_masks_of, spread_masks_of
 from diffusers_fa3.processor import is_request, layer_of, unwrap, wrap
 from diffusers_fa3.providers import KernelChoice, check_choice
 from diffusers_fa3.report import Coverage, compiled_row, row_of
 
-DENOISERS = ("transformer", "unet", "controlnet", "prior")
-"""How the names of those components of a pipeline begin that are switched with it."""
+DENOISERS = re.compile(r"(^|_)(transformer|unet|controlnet|prior|super_res)|^decoder")
+"""The names of those components of a pipeline that are switched with it, in all of diffusers."""
 
 LayerFilter = str | Callable[[str, nn.Module], bool]
+
+SWITCHED = "_fa3_switched"
+"""Attribute of a layer that was switched: diffusers may give it another processor at any time."""
 
 
 def enable_fa3(
@@ -32,10 +36,15 @@ def enable_fa3(
     Every layer keeps its own processor object, wrapped: see `FA3AttnProcessor`. Switching a model
     that is switched already gives it the new options, and begins its counts anew.
 
+    A layer that is set to a backend of diffusers, before or after, by `set_attention_backend`, goes
+    on using that one, counted, until `reset_attention_backend`. Layers that take no backend stay on
+    the kernel, and so do all under `attention_backend(...)`, which is for the process.
+
     Args:
         pipe_or_model: a diffusers model, any module with attention layers below it, or a pipeline.
-            Of a pipeline, the denoisers are switched (transformer*, unet*, controlnet*, prior*),
-            not the VAE nor text encoders; pass those by themselves.
+            Of a pipeline, the denoisers are switched (components called transformer, unet,
+            controlnet, prior, super_res or decoder, with anything before or after), not the VAE nor
+            text encoders; pass those by themselves.
         kernel: "auto", the best that is installed; or a name from `available_kernels()`, or a
             function with FlashAttention's arguments, which is used or refused.
         fallback: the default attention serves what no kernel can. Besides being counted, this is
@@ -68,6 +77,8 @@ def enable_fa3(
     ]
     for layer, processor in wrapped:
         layer.processor = processor
+        mark_switched(layer)
+    _for_every_module(pipe_or_model, spread_masks_of)
     return coverage(pipe_or_model)
 
 
@@ -80,22 +91,31 @@ def disable_fa3(pipe_or_model: Any) -> None:
     for _, layer in _layers(pipe_or_model):
         if layer_of(layer.processor) is not None:
             layer.processor = unwrap(layer.processor)
+        vars(layer).pop(SWITCHED, None)
+    _for_every_module(pipe_or_model, lay_out_masks_of)
 
 
 def coverage(pipe_or_model: Any) -> Coverage:
     """What each attention layer did since it was switched.
 
+    Much in diffusers gives layers new processors: loading an IP-Adapter, fusing projections,
+    `set_attn_processor`. The row of such a layer says `replaced`; `enable_fa3` switches it again.
+
     Raises:
         UnsupportedModelError: there is no attention layer.
     """
-    named = [(name, layer.processor) for name, layer in _layers(pipe_or_model)]
-    records = [(name, processor, layer_of(processor)) for name, processor in named]
-    owners = dict.fromkeys(record.settings.owner for *_, record in records if record is not None)
+    layers = list(_layers(pipe_or_model))
+    rows = [
+        row_of(name, layer.processor, layer_of(layer.processor), hasattr(layer, SWITCHED))
+        for name, layer in layers
+    ]
+    records = [record for _, layer in layers if (record := layer_of(layer.processor)) is not None]
+    owners = dict.fromkeys(record.settings.owner for record in records)
     compiled = [row for row in map(compiled_row, owners) if row is not None]
     return Coverage(
-        (*(row_of(*record) for record in records), *compiled),
-        sum(record.plans_made for *_, record in records if record is not None),
-        sum(record.plans_reused for *_, record in records if record is not None),
+        (*rows, *compiled),
+        sum(record.plans_made for record in records),
+        sum(record.plans_reused for record in records),
     )
 
 
@@ -115,6 +135,17 @@ def _layers(pipe_or_model: Any) -> Iterator[tuple[str, Any]]:
     yield from found
 
 
+def mark_switched(layer: nn.Module) -> None:
+    """Note on a layer that it was switched, whatever processors it may get from now on."""
+    setattr(layer, SWITCHED, True)
+
+
+def _for_every_module(pipe_or_model: Any, do: Callable[[nn.Module], None]) -> None:
+    for _, model in models_of(pipe_or_model):
+        for module in model.modules():
+            do(module)
+
+
 def models_of(pipe_or_model: Any) -> list[tuple[str, nn.Module]]:
     """The models that are switched, each with the prefix of its layers' names."""
     if isinstance(pipe_or_model, nn.Module):
@@ -128,7 +159,7 @@ def models_of(pipe_or_model: Any) -> list[tuple[str, nn.Module]]:
     return [
         (f"{name}.", model)
         for name, component in components.items()
-        if name.startswith(DENOISERS)
+        if DENOISERS.search(name)
         for model in _modules_of(component)
     ]
 

@@ -31,5 +31,9 @@ class UnsupportedModelError(FA3Error, TypeError):
     """An object in which there is no attention layer to switch, or a processor that cannot be."""
 
 
+class UnsupportedVersionError(FA3Error, ImportError):
+    """The installed diffusers lacks what is needed; the text says what, and which releases have it."""
+
+
 class FallbackWarning(UserWarning):
     """The default attention served a call instead of the kernel; the text says which and why."""

@@ -56,6 +56,35 @@ def rebound(cls: type) -> type:
     return bases[0]
 
 
+@functools.cache
+def calls_attention(cls: type) -> bool:
+    """Whether anything that `cls` runs calls one of the two attention functions.
+
+    Linear attention does not, nor do scores and softmax written by hand.
+    """
+    members = (
+        member for base in cls.__mro__ if base not in _KEPT for member in vars(base).values()
+    )
+    waiting = [function for member in members for function in _functions_of(member)]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        seen.add(id(function))
+        used = [function.__globals__.get(name) for name in function.__code__.co_names]
+        if any(id(value) in _REPLACED and value is not F for value in used):
+            return True
+        if F in used and F.scaled_dot_product_attention.__name__ in function.__code__.co_names:
+            return True
+        waiting += [
+            value
+            for value in used
+            if isinstance(value, types.FunctionType)
+            and value.__globals__ is function.__globals__
+            and id(value) not in seen
+        ]
+    return False
+
+
 def _functions_of(member: object) -> list[types.FunctionType]:
     if isinstance(member, staticmethod | classmethod):
         member = member.__func__
@@ -105,10 +134,10 @@ def _rebound_globals(function: types.FunctionType) -> dict[str, Any]:
         return _copies[id(original)][1]
     # By `__name__`, Dynamo would resolve names in the original module.
     copy = {name: value for name, value in original.items() if name != "__name__"}
-    _copies[id(original)] = (original, copy)
     for name, value in copy.items():
         if id(value) in _REPLACED:
             copy[name] = _REPLACED[id(value)]
         elif isinstance(value, types.FunctionType) and value.__globals__ is original:
             copy[name] = _rebind(value, copy)
+    _copies[id(original)] = (original, copy)  # only now: another thread must not run a half of it
     return copy

@@ -25,6 +25,8 @@ class Row:
     """Calls on the kernel, by route."""
     fallbacks: dict[str, int]
     """Calls that the default attention served, by reason."""
+    replaced: bool = False
+    """It was switched by `enable_fa3`, and then given another processor, which is not."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ class Coverage:
         reasons: Counter[str] = Counter()
         for row in self.rows:
             reasons.update(row.fallbacks)
+        replaced = sum(row.replaced for row in self.rows)
+        mend = f"{replaced} layers were given other processors: enable_fa3 switches them again"
         return "\n".join(
             [
                 *table,
                 f"{self.calls} calls on a kernel, {self.fallbacks} on the default attention; "
                 f"{self.plans_made} plans made, {self.plans_reused} reused",
                 *(f"default attention, {n} times: {reason}" for reason, n in reasons.items()),
+                *([mend] if replaced else []),
             ]
         )
 
@@ -92,10 +97,10 @@ def compiled_row(owner: int) -> Row | None:
     return Row("compiled graphs", "", ", ".join(kernels), dict(routes), declined)
 
 
-def row_of(name: str, processor: Any, layer: Layer | None) -> Row:
+def row_of(name: str, processor: Any, layer: Layer | None, was_switched: bool) -> Row:
     """The row of a layer; `layer` is None where it is not switched."""
     if layer is None:
-        return Row(name, type(processor).__name__, "default", {}, {})
+        return Row(name, type(processor).__name__, "default", {}, {}, replaced=was_switched)
     kernels = sorted({kernel for kernel, _ in layer.calls})
     routes: Counter[str] = Counter()
     for (_, route), count in layer.calls.items():
@@ -121,7 +126,7 @@ def _alike(rows: tuple[Row, ...]) -> list[_Group]:
 
     def likeness(row: Row) -> tuple[object, ...]:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
-        return pattern, row.processor, row.kernel, str(row.calls), str(row.fallbacks)
+        return pattern, row.processor, row.kernel, row.replaced, str(row.calls), str(row.fallbacks)
 
     order = {key: i for i, key in enumerate(dict.fromkeys(map(likeness, rows)))}
     ordered = sorted(rows, key=lambda row: order[likeness(row)])
@@ -136,4 +141,10 @@ def _cells(group: _Group) -> tuple[str, ...]:
         routes["default"] += sum(row.fallbacks.values())
     name = first.name if len(group.rows) == 1 else group.pattern
     counted = ", ".join(f"{route} {count}" for route, count in routes.items() if count)
-    return name, f"x{len(group.rows)}", first.processor, first.kernel, counted or "none yet"
+    return name, f"x{len(group.rows)}", first.processor, first.kernel, counted or _uncounted(first)
+
+
+def _uncounted(row: Row) -> str:
+    if row.kernel == "default":
+        return "replaced" if row.replaced else "not switched"
+    return "none yet"

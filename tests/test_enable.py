@@ -59,6 +59,7 @@ def test_coverage_is_json_and_a_table() -> None:
                 "kernel": "reference",
                 "calls": {"dense": 1},
                 "fallbacks": {},
+                "replaced": False,
             }
             for name in (row.name for row in report.rows)
         ],

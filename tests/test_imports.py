@@ -19,6 +19,7 @@ ORDER = (
     "processor",
     "rebind",
     "calls",
+    "host",
     "interface",
     "interface_checks",
     "attention",

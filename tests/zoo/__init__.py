@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 
 from .case import Case, Layout
 
 # Every file of this folder that defines CASES is a family; these hold what families share.
 SHARED = ("budget", "case", "watch")
-FAMILIES = tuple(
-    module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED
-)
+MISSING: dict[str, str] = {}
+"""Families whose model classes the installed diffusers does not have, and the first of those."""
 
-CASES: tuple[Case, ...] = tuple(
-    case for family in FAMILIES for case in importlib.import_module(f".{family}", __name__).CASES
-)
+
+def _cases() -> Iterator[Case]:
+    for module in pkgutil.iter_modules(__path__):
+        if module.name in SHARED:
+            continue
+        try:
+            yield from importlib.import_module(f".{module.name}", __name__).CASES
+        except ImportError as error:
+            MISSING[module.name] = str(error)
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
 RUNS: tuple[tuple[Case, Layout], ...] = tuple(
     (case, layout) for case in CASES for layout in case.layouts
 )
 RUN_IDS: tuple[str, ...] = tuple(f"{case.name}-{layout}" for case, layout in RUNS)
 
-__all__ = ["CASES", "RUNS", "RUN_IDS", "Case", "Layout"]
+__all__ = ["CASES", "MISSING", "RUNS", "RUN_IDS", "Case", "Layout"]
