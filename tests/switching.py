@@ -1,0 +1,81 @@
+"""What the tests of a switched model's life and company share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from zoo import CASES, Case, Layout
+from zoo.budget import assert_within_budget, budget, error
+from zoo.case import cast
+from zoo.watch import watched
+
+from diffusers_fa3 import FA3AttnProcessor, coverage
+
+BY_NAME = {case.name: case for case in CASES}
+
+Treatment = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a model that was treated in some way gives on its default attention.
+
+    Attributes:
+        output: in the precision under test.
+        exact: in float64.
+        calls: its attention calls in one forward.
+    """
+
+    output: torch.Tensor
+    exact: torch.Tensor
+    calls: int
+
+    def differs_from(self, other: Expected) -> bool:
+        """Whether the treatment shows, beyond doubt, in the output."""
+        return error(self.exact, other.exact) > 10 * budget(self.output, self.exact)
+
+
+def run(case: Case, model: nn.Module, layout: Layout) -> torch.Tensor:
+    """One forward; its inputs are on the CPU, wherever the weights rest meanwhile."""
+    with torch.no_grad():
+        inputs = cast(case.inputs(layout, 0.0), model.dtype)
+        return case.pick(model(**inputs, return_dict=False))
+
+
+def expect(case: Case, layout: Layout, treat: Treatment = lambda model: model) -> Expected:
+    """What the default attention gives after the treatment."""
+    output = run(case, treat(case.build()), layout)
+    with watched() as log:
+        run(case, treat(case.build()), layout)
+    exact = run(case, treat(case.build(torch.float64)), layout)
+    return Expected(output, exact, len(log.calls))
+
+
+def assert_on_the_kernel(case: Case, model: nn.Module, layout: Layout, expected: Expected) -> None:
+    """One forward more: right, with every attention call of it on the kernel, and counted."""
+    before = coverage(model)
+    assert_within_budget(run(case, model, layout), expected.output, expected.exact)
+    after = coverage(model)
+    assert after.calls - before.calls == expected.calls > 0
+    assert after.fallbacks == before.fallbacks
+
+
+def processors(model: nn.Module) -> dict[str, object]:
+    """The processor of every attention layer."""
+    modules = model.named_modules()
+    return {name: layer.processor for name, layer in modules if hasattr(layer, "processor")}
+
+
+def switched(model: nn.Module) -> set[str]:
+    """The names of the layers that are switched."""
+    return {name for name, p in processors(model).items() if isinstance(p, FA3AttnProcessor)}
+
+
+def assert_same_objects(model: nn.Module, before: dict[str, object]) -> None:
+    """Every layer has the very processor that it had."""
+    after = processors(model)
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
