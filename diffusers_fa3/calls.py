@@ -205,8 +205,9 @@ def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
         return "mask on the meta device, where it has no content"
     for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         # torch's own give new tensors a device. diffusers' perturbed-attention guidance sets one
-        # that has PyTorch's attention return v.
-        if not type(mode).__module__.startswith("torch."):
+        # that has PyTorch's attention return v. One that only looks on says so.
+        looks_on = getattr(mode, "leaves_attention_alone", False)
+        if not (looks_on or type(mode).__module__.startswith("torch.")):
             return f"{type(mode).__name__} is active, which may replace PyTorch's attention"
     return ""
 

@@ -32,7 +32,7 @@ class UnsupportedModelError(FA3Error, TypeError):
 
 
 class UnsupportedVersionError(FA3Error, ImportError):
-    """The installed diffusers lacks what is needed; the text says what, and which releases have it."""
+    """The installed diffusers lacks what is needed; the text says what, and who has it."""
 
 
 class FallbackWarning(UserWarning):

@@ -107,13 +107,18 @@ def _repeat(mask: Tensor, *times: int) -> Tensor:
 
 def _product(multiply: Callable[..., Tensor], one: Tensor, two: Tensor) -> Tensor:
     one, two = one.as_subclass(Tensor), two.as_subclass(Tensor)
-    alike = one.dtype == two.dtype and one.ndim == two.ndim == 4
-    if alike and one.shape[1] == two.shape[1] == 1:
-        factors = (compact(one, axes=4), compact(two, axes=4))
-        queries, keys = factors if factors[0].shape[3] == 1 else reversed(factors)
-        if queries.shape[3] == keys.shape[2] == 1:
-            return OuterMask(queries, keys)
+    if one.dtype == two.dtype and one.ndim == two.ndim == 4 and one.shape[1] == two.shape[1] == 1:
+        queries, keys = (one, two) if _is_spread(one, 3) and _is_spread(two, 2) else (two, one)
+        rows, columns = torch.broadcast_shapes(one.shape, two.shape)[2:]
+        whole = (queries.shape[2], keys.shape[3]) == (rows, columns)
+        if whole and _is_spread(queries, 3) and _is_spread(keys, 2):
+            return OuterMask(queries[..., :1], keys[:, :, :1])
     return multiply(one, two)
+
+
+def _is_spread(mask: Tensor, axis: int) -> bool:
+    """Whether a mask says the same all along an axis, as its layout tells."""
+    return mask.shape[axis] == 1 or mask.stride(axis) == 0
 
 
 def _can_be_spread(mask: Tensor) -> bool:

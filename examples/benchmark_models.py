@@ -484,6 +484,7 @@ def cost_of(
 class CountReads(TorchFunctionMode):
     """Counts calls that read a tensor's values, on the way to the kernel and back."""
 
+    leaves_attention_alone = True
     count = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -1,13 +1,63 @@
-"""What a run of the tests prints last."""
+"""How many random examples are tried, and what a run of the tests prints last."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import support
+import torch
+from hypothesis import HealthCheck, settings
+
+# A loaded machine is slow at times, which says nothing of the code.
+settings.register_profile(
+    "ci",
+    max_examples=15,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "nightly",
+    settings.get_profile("ci"),
+    max_examples=500,
+    derandomize=False,
+    print_blob=True,
+)
+settings.load_profile("ci")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the support table, where a test measured it."""
+ROUTES = "routes"
+TABLE = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread to a worker: several would wait for each other, and the models are tiny."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand over the support table, where a test measured it."""
     if support.routes_table.cache_info().currsize:
+        output = getattr(session.config, "workeroutput", None)
+        session.config.stash[TABLE] = support.routes_table()
+        if output is not None:
+            output[ROUTES] = support.routes_table()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the table over from the worker that measured it."""
+    output = getattr(node, "workeroutput", {})
+    if ROUTES in output:
+        node.config.stash[TABLE] = output[ROUTES]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print the table."""
+    if TABLE in config.stash:
         terminalreporter.section("routes of each model, as in the README")
-        terminalreporter.write_line(support.routes_table())
+        terminalreporter.write_line(config.stash[TABLE])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -16,6 +17,7 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from packaging.version import Version
 from tiny import LAYERS, flux, forward, pipeline
 
 from diffusers_fa3 import (
@@ -130,7 +132,16 @@ def attend(mask: torch.Tensor | None = None) -> torch.Tensor:
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
     "mask",
-    [None, torch.tensor([[1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]], dtype=torch.bool)],
+    [
+        None,
+        pytest.param(
+            torch.tensor([[1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]], dtype=torch.bool),
+            marks=pytest.mark.skipif(
+                Version(diffusers.__version__) < Version("0.37"),
+                reason="diffusers hands (B, Sk) masks to PyTorch as they are, which raises",
+            ),
+        ),
+    ],
     ids=["none", "gap"],
 )
 def test_the_process_wide_switch_serves_layers_that_were_not_switched(

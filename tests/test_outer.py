@@ -138,7 +138,7 @@ def test_the_hooks_go_with_the_switch(case: Case) -> None:
 
 
 def test_other_models_get_no_hooks() -> None:
-    case = next(case for case in CASES if case.name == "qwenimage")
+    case = next(case for case in CASES if case.name == "flux")
     model = case.build()
     enable_fa3(model)
     assert hooks(model) == 0

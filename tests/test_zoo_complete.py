@@ -7,7 +7,10 @@ import inspect
 import diffusers
 import pytest
 from diffusers import ModelMixin
-from zoo import CASES
+from packaging.version import Version
+from zoo import CASES, MISSING
+
+from diffusers_fa3 import host
 
 FAMILIES = tuple(f"diffusers.models.{kind}" for kind in ("transformers", "unets", "controlnets"))
 """Where diffusers keeps its denoisers. Its VAEs, text encoders and vocoders are not switched."""
@@ -45,6 +48,10 @@ def in_the_zoo() -> set[str]:
 def test_no_model_class_is_unknown() -> None:
     unknown = exported() - in_the_zoo() - NOT_HERE.keys()
     assert not unknown, f"diffusers exports {sorted(unknown)}: add a case to the zoo for each"
+
+
+def test_only_an_older_diffusers_lacks_a_case() -> None:
+    assert not MISSING or Version(diffusers.__version__) < Version(host.TRIED[1]), MISSING
 
 
 def test_what_is_left_out_is_left_out() -> None:

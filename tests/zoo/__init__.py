@@ -6,12 +6,15 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 
+import diffusers
+from packaging.version import Version
+
 from .case import Case, Layout
 
 # Every file of this folder that defines CASES is a family; these hold what families share.
 SHARED = ("budget", "case", "watch")
 MISSING: dict[str, str] = {}
-"""Families whose model classes the installed diffusers does not have, and the first of those."""
+"""Families and cases that the installed diffusers is too old for, and why."""
 
 
 def _cases() -> Iterator[Case]:
@@ -19,9 +22,15 @@ def _cases() -> Iterator[Case]:
         if module.name in SHARED:
             continue
         try:
-            yield from importlib.import_module(f".{module.name}", __name__).CASES
+            cases = importlib.import_module(f".{module.name}", __name__).CASES
         except ImportError as error:
             MISSING[module.name] = str(error)
+            continue
+        for case in cases:
+            if Version(diffusers.__version__) >= Version(case.since):
+                yield case
+            else:
+                MISSING[case.name] = f"since diffusers {case.since}"
 
 
 CASES: tuple[Case, ...] = tuple(_cases())

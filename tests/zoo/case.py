@@ -57,6 +57,8 @@ class Case:
         refusal: layers that are left to the default attention, if any.
         pads: whether a caller can change the content of padded tokens at all.
         outside: how many attention calls no processor makes, but some module by itself.
+        since: the diffusers release from which on the model takes these inputs, if not from the
+            oldest that is supported.
         unreached: why some attention calls of the model cannot be switched, where `watch` sees
             other calls than the switched processors make; empty where all is reached.
     """
@@ -71,6 +73,7 @@ class Case:
     refusal: Refusal | None = None
     pads: bool = True
     outside: int = 0
+    since: str = "0.36.0"
     unreached: str = ""
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -63,6 +63,7 @@ CONFIG = {**SHARED, "num_layers": 4}  # fewer have no block with a skip connecti
 CASES = (
     Case(
         name="hunyuan_dit",
+        since="0.37.0",
         model=HunyuanDiT2DModel,
         config=CONFIG,
         inputs=_inputs,
@@ -70,6 +71,7 @@ CASES = (
     ),
     Case(
         name="hunyuan_dit_fused_projections",
+        since="0.37.0",
         model=HunyuanDiT2DModel,
         config=CONFIG,
         inputs=_inputs,
@@ -78,6 +80,7 @@ CASES = (
     ),
     Case(
         name="hunyuan_dit_controlnet",
+        since="0.37.0",
         model=HunyuanDiT2DControlNetModel,
         config={**SHARED, "transformer_num_layers": 6},  # makes two blocks
         inputs=_controlnet_inputs,

@@ -16,6 +16,7 @@ def _inputs(layout: Layout, pads: float) -> Inputs:
 CASES = (
     Case(
         name="ovis_image",
+        since="0.37.0",
         model=OvisImageTransformer2DModel,
         config={**CONFIG, "out_channels": 4},
         inputs=_inputs,

@@ -37,6 +37,7 @@ CONFIG = {
 CASES = (
     Case(
         name="qwenimage",
+        since="0.37.0",
         model=QwenImageTransformer2DModel,
         config=CONFIG,
         inputs=_inputs,
@@ -44,6 +45,7 @@ CASES = (
     ),
     Case(
         name="qwenimage_controlnet",
+        since="0.37.0",
         model=QwenImageControlNetModel,
         config=CONFIG,
         inputs=_controlnet_inputs,
