@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -352,7 +353,7 @@ def attend_dispatched(
         frame.decline("context parallelism")
     elif dropout_p > 0:
         frame.decline("attention dropout")
-    elif not isinstance(mask, Tensor | None):
+    elif not isinstance(mask, (Tensor, NoneType)):  # Dynamo of torch 2.9 knows no Tensor | None
         frame.decline(f"mask of type {type(mask).__name__}")
     else:
         # diffusers' native backend reads a 2-D mask as (B, Sk) where it is one, and leaves any

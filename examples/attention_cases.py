@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Case:
     """The mask is the (B, 1, S, S) outer product of the valid tokens; else (B, 1, 1, S)."""
     cross: bool = False
     """Queries are the image and keys the text; else both are text and image."""
+    pattern: Literal["", "frames", "segments", "window"] = ""
+    """What a (1, 1, S, S) mask says: five blocks of frames, each of which sees the earlier ones;
+    three segments that do not see each other; a window of 1/24 of the keys to either side."""
     kv_heads: int | None = None
     """Heads of k and v before the model expands them to H."""
     most_rounds: int | None = None
@@ -62,6 +66,8 @@ class Case:
         """Bool, True: seen; samples differ by up to half of the share."""
         if share is None:
             return None
+        if self.pattern:
+            return self.pattern_mask(device)
         spread = torch.linspace(0.5, 1.5, self.batch)
         if share == 1 or self.batch == 1:
             spread = torch.ones(self.batch)
@@ -75,6 +81,17 @@ class Case:
         if self.outer:
             return seen[:, None, :, None] & seen[:, None, None, :]
         return seen[:, None, None]
+
+    def pattern_mask(self, device: str) -> Tensor:
+        """(1, 1, S, S) bool."""
+        position = torch.arange(self.k_len, device=device)
+        if self.pattern == "window":
+            distance = (position[:, None] - position).abs()
+            return (distance <= self.k_len // 24)[None, None]
+        parts = 5 if self.pattern == "frames" else 3
+        part = position * parts // self.k_len
+        seen = torch.ge if self.pattern == "frames" else torch.eq
+        return seen(part[:, None], part)[None, None]
 
     def plan(self, mask: Tensor | None, *, seqused: bool = True) -> PackingPlan:
         """What this package makes of the mask."""
@@ -142,8 +159,8 @@ def make_set(
 
 
 def mask_bytes(case: Case) -> int:
-    """Memory that a call with an outer mask takes: bool, additive in 2 bytes, copies of both."""
-    return 8 * case.batch * case.q_len * case.k_len if case.outer else 0
+    """Memory that a call with an S x S mask takes: bool, additive in 2 bytes, copies of both."""
+    return 8 * case.batch * case.q_len * case.k_len if case.outer or case.pattern else 0
 
 
 CASES = (
@@ -156,4 +173,7 @@ CASES = (
     Case("wan", 1, 0, 32760, heads=12, head_dim=128, most_rounds=11),
     Case("hunyuan15", 1, 2000, 48000, 16, 128, shares=(9 / 2000,), most_rounds=5),
     Case("hunyuan15-outer", 1, 2000, 48000, 16, 128, (9 / 2000,), outer=True, most_rounds=5),
+    Case("skyreels-causal", 1, 0, 39000, 12, 128, (1.0,), pattern="frames", most_rounds=5),
+    Case("ideogram4-segments", 1, 512, 4096, 18, 256, (1.0,), pattern="segments"),
+    Case("acestep-window", 2, 0, 3000, 16, 128, (1.0,), pattern="window", kv_heads=8),
 )

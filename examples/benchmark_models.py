@@ -22,7 +22,9 @@ import torch
 from benchmark import times_of, versions
 from benchmark_report import Lines, markdown_of, table_of
 from diffusers import (
+    ChromaTransformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -36,6 +38,7 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 from diffusers_fa3 import available_kernels, coverage, disable_fa3, enable_fa3
+from diffusers_fa3.outer import lay_out_masks_of, spread_masks_of
 
 Config = dict[str, Any]
 Inputs = dict[str, Any]
@@ -92,6 +95,8 @@ class Model:
     """Shares of valid text; None: no mask."""
     mask_name: str = ""
     """Argument that takes the mask of the text."""
+    joint_mask: bool = False
+    """That mask is of [text, image]."""
     depths: tuple[str, ...] = ("num_layers",)
     """Entries of the configuration that count blocks."""
     layers: int | None = None
@@ -164,6 +169,26 @@ def placed_patches(config: Config, size: Size) -> Inputs:
     }
 
 
+def placed_patches_alone(config: Config, size: Size) -> Inputs:
+    """Chroma's image: as Flux', without a summary of the text."""
+    inputs = placed_patches(config | {"pooled_projection_dim": 1}, size)
+    del inputs["pooled_projections"], inputs["guidance"]
+    return inputs
+
+
+def video_of_three_texts(config: Config, size: Size) -> Inputs:
+    """HunyuanVideo 1.5 without an image and without glyphs to draw: both are padding throughout."""
+    glyphs, image_tokens = min(size.text, 256), 729
+    latents = (size.batch, config["in_channels"], size.frames, size.height, size.width)
+    return {
+        "hidden_states": torch.randn(latents),
+        "timestep": torch.full((size.batch,), 500.0),
+        "encoder_hidden_states_2": torch.randn(size.batch, glyphs, config["text_embed_2_dim"]),
+        "encoder_attention_mask_2": torch.zeros(size.batch, glyphs, dtype=torch.bool),
+        "image_embeds": torch.zeros(size.batch, image_tokens, config["image_embed_dim"]),
+    }
+
+
 def image(config: Config, size: Size) -> Inputs:
     """Latents in patches of 2 x 2."""
     shape = (size.batch, config["in_channels"], 2 * size.height, 2 * size.width)
@@ -228,6 +253,65 @@ MODELS = (
         small={"num_attention_heads": 2, "joint_attention_dim": 32},
         shares=(None, 1.0, 0.5, 0.1),
         mask_name="encoder_hidden_states_mask",
+        layers=20,
+    ),
+    Model(
+        "chroma",  # Chroma1-HD, 1024 x 1024
+        ChromaTransformer2DModel,
+        {
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "axes_dims_rope": (16, 56, 56),
+            "approximator_num_channels": 64,
+            "approximator_hidden_dim": 5120,
+            "approximator_layers": 5,
+        },
+        Size(1, 1, 64, 64, text=512),
+        placed_patches_alone,
+        text_width="joint_attention_dim",
+        small={
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        shares=(0.1,),
+        mask_name="attention_mask",
+        joint_mask=True,
+        depths=("num_layers", "num_single_layers"),
+    ),
+    Model(
+        "hunyuanvideo15",  # HunyuanVideo 1.5 T2V, 848 x 480, 121 frames
+        HunyuanVideo15Transformer3DModel,
+        {
+            "in_channels": 65,
+            "out_channels": 32,
+            "num_attention_heads": 16,
+            "attention_head_dim": 128,
+            "num_layers": 54,
+            "num_refiner_layers": 2,
+            "text_embed_dim": 3584,
+            "text_embed_2_dim": 1472,
+            "image_embed_dim": 1152,
+            "task_type": "t2v",
+        },
+        Size(1, 31, 30, 53, text=1000),
+        video_of_three_texts,
+        text_width="text_embed_dim",
+        small={
+            "num_attention_heads": 2,
+            "text_embed_dim": 32,
+            "text_embed_2_dim": 16,
+            "image_embed_dim": 16,
+            "num_refiner_layers": 1,
+        },
+        shares=(0.05,),
+        mask_name="encoder_attention_mask",
         layers=20,
     ),
     Model(
@@ -354,7 +438,10 @@ def make_inputs(model: Model, share: float | None, device: str) -> Inputs:
         text = (model.size.batch, model.size.text, model.config[model.text_width])
         inputs["encoder_hidden_states"] = torch.randn(text)
         if share is not None:
-            inputs[model.mask_name] = text_mask(model.size, share)
+            mask = text_mask(model.size, share)
+            image = mask.new_ones(model.size.batch, model.size.image)
+            joint = torch.cat([mask, image], dim=1)
+            inputs[model.mask_name] = joint if model.joint_mask else mask
     return inputs
 
 
@@ -379,10 +466,14 @@ class Switch:
     def on(self) -> Iterator[None]:
         """Our attention in this block, the default outside."""
         put(self.ours)
+        for module in self.network.modules():
+            spread_masks_of(module)
         try:
             yield
         finally:
             put(self.own)
+            for module in self.network.modules():
+                lay_out_masks_of(module)
 
     def did(self) -> dict[str, Any]:
         """What ours, which is on, did so far, as a row has it."""

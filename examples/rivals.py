@@ -64,7 +64,9 @@ def methods(plan: PackingPlan, packed: PackingPlan, kernel: str) -> dict[str, Me
         return out.transpose(1, 2)
 
     def bare(x: Inputs) -> Tensor:
-        return flash_attn_varlen_func(*x.packed, *lengths, kernel=kernel)
+        return flash_attn_varlen_func(
+            *x.packed, *lengths, causal=packed.causal, window_size=packed.window, kernel=kernel
+        )
 
     return {
         "default": Method(sdpa),

@@ -1,4 +1,4 @@
-"""The tables of the README about models: measured here, on every model and padding layout of the zoo.
+"""The tables of models in the README: measured here, on every case and layout of the zoo.
 
 `pytest` prints the first at the end of a run that measured it.
 """

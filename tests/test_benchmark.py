@@ -22,6 +22,7 @@ from torch.nn import functional
 ROOT = Path(__file__).parents[1]
 NAMES = [case.name for case in CASES]
 GAPS = {case.name for case in CASES if case.gap}
+PATTERNS = {case.name for case in CASES if case.pattern}
 MASKED = {case.name for case in CASES if case.shares[-1] is not None}
 
 
@@ -90,11 +91,13 @@ def test_these_methods_take_every_call_and_give_one_result(
 def test_slicing_is_wrong_where_padding_lies_between_valid_keys(report: dict[str, Any]) -> None:
     for row, timing in timings(report, "_flash_varlen_3"):
         padded = row["share"] not in (None, 1.0)
-        assert timing["wrong"] == (row["case"] in GAPS and padded), row["case"]
+        gap = row["case"] in GAPS and padded
+        assert timing["wrong"] == (gap or row["case"] in PATTERNS), row["case"]
 
 
-def test_gathering_is_right_everywhere(report: dict[str, Any]) -> None:
-    assert not any(timing["wrong"] for _, timing in timings(report, "_flash_3_varlen_hub"))
+def test_gathering_is_right_where_queries_see_alike(report: dict[str, Any]) -> None:
+    for row, timing in timings(report, "_flash_3_varlen_hub"):
+        assert timing["wrong"] == (row["case"] in PATTERNS)  # reduced with `any`
 
 
 def test_the_dense_method_refuses_masks_only(report: dict[str, Any]) -> None:
@@ -104,12 +107,16 @@ def test_the_dense_method_refuses_masks_only(report: dict[str, Any]) -> None:
 
 
 def test_routes_and_backends_are_named(report: dict[str, Any]) -> None:
-    routes = {row["case"]: row["route"] for row in report["rows"] if row["share"] not in (None, 1)}
-    assert set(routes) == MASKED
-    assert {name for name, route in routes.items() if route == "seqused"} == {
-        "lumina2",
-        "hunyuan15",
+    routes = {
+        row["case"]: row["route"]
+        for row in report["rows"]
+        if row["share"] not in (None, 1) or row["case"] in PATTERNS
     }
+    assert set(routes) == MASKED
+    by_route = {route: {n for n in routes if routes[n] == route} for route in routes.values()}
+    assert by_route["seqused"] == {"lumina2", "hunyuan15"}
+    assert by_route["band"] == {"acestep-window"}
+    assert set(by_route) == {"seqused", "band", "packed"}
     assert {row["backend"] for row in report["rows"]} <= {"flash_for_cpu", "math"}
     assert report["versions"]["kernel"] == "reference"
     assert report["versions"]["torch"] == torch.__version__
@@ -117,7 +124,8 @@ def test_routes_and_backends_are_named(report: dict[str, Any]) -> None:
 
 def test_the_work_is_what_the_mask_leaves(report: dict[str, Any]) -> None:
     for row in report["rows"]:
-        assert (row["ideal"] == 1) == (row["share"] in (None, 1.0))
+        padded = row["share"] not in (None, 1.0)
+        assert (row["ideal"] > 1) == (padded or row["case"] in PATTERNS)
 
 
 def test_the_run_prints_tables_and_draws_a_panel_for_each_sweep(folder: Path) -> None:
@@ -157,7 +165,9 @@ def test_only_warnings_of_synchronisation_are_counted(monkeypatch: pytest.Monkey
     assert modes == ["warn", "default"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.pattern != "window"], ids=lambda case: case.name
+)
 def test_packed_tokens_are_those_that_the_mask_leaves(case: Case) -> None:
     small = case.small()
     mask = small.mask(small.shares[-1], "cpu")

@@ -19,7 +19,15 @@ from benchmark_models import MODELS, Model, build, forward_of, made_shallow, mad
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "benchmark_models.py"
 IDS = [model.name for model in MODELS]
-FULL = {"flux": 11.9e9, "qwenimage": 20.4e9, "wan": 1.42e9, "sd3": 2.24e9, "pixart": 0.61e9}
+FULL = {
+    "flux": 11.9e9,
+    "qwenimage": 20.4e9,
+    "chroma": 8.9e9,
+    "hunyuanvideo15": 8.3e9,
+    "wan": 1.42e9,
+    "sd3": 2.24e9,
+    "pixart": 0.61e9,
+}
 """Parameters of the published models."""
 SECONDS = 40
 Rows = dict[tuple[str, float | None], dict[str, Any]]
@@ -75,9 +83,11 @@ def test_padding_goes_the_varlen_routes(rows: Rows) -> None:
 
 def test_a_mask_is_read_once_in_a_forward(rows: Rows) -> None:
     for row in rows.values():
-        masked = row["share"] is not None
-        assert row["default"]["host_waits"] == 0
-        assert row["ours"]["host_waits"] == row["plans_made"] == int(masked)
+        waits = {name: row[name]["host_waits"] for name in ("default", "ours")}
+        assert waits["ours"] - waits["default"] == row["plans_made"]
+        if row["model"] != "hunyuanvideo15":  # it reads masks itself, and its refiner has another
+            assert waits["default"] == 0
+            assert row["plans_made"] == int(row["share"] is not None)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=IDS)

@@ -20,7 +20,7 @@ RUNS: list[tuple[str, Layout, str]] = [
     ("flux", "none", "dense"),
     ("flux", "gap", "static"),
     ("sd3", "none", "dense"),
-    ("qwenimage", "gap", "static"),
+    *([("qwenimage", "gap", "static")] if "qwenimage" in BY_NAME else []),
     ("prx", "ragged", "static"),
     ("pixart", "none", "dense"),
     ("unet_sd15", "none", "dense"),
@@ -53,7 +53,7 @@ def test_a_model_is_one_graph(name: str, layout: Layout, route: str) -> None:
 
 
 def test_layers_steps_and_other_padding_share_one_compilation() -> None:
-    case: Case = BY_NAME["qwenimage"]
+    case: Case = BY_NAME["flux"]
     model = case.build()
     enable_fa3(model, kernel="reference", fallback="error")
     counter = CompileCounterWithBackend("aot_eager")
@@ -103,6 +103,8 @@ def test_a_mask_that_would_have_to_be_read_is_compiled_as_the_default_attention(
     assert sum(row.fallbacks.values()) == 2
 
 
+# diffusers 0.36 about itself, in torch 2.9
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_gradients_go_to_the_default_attention_with_that_reason() -> None:
     case = BY_NAME["flux"]
     model, plain = case.build(), case.build()
