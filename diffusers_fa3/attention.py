@@ -94,6 +94,8 @@ def attend(
     if isinstance(plan, Opaque):
         return _declined(plan.reason, MaskError)
 
+    if plan.route == "packed" and not (plan.max_seqlen_q and plan.max_seqlen_k):
+        return _without_keys(q, k, v, out, return_lse)
     if plan.window != (-1, -1):
         # Only now is it known that a sliding window is needed, which not every build has.
         chosen = _choose(request._replace(window=True), q.device, kernel, owner)
@@ -268,6 +270,7 @@ def _default(
     """PyTorch's attention on the same tensors."""
     if mask is not None:
         mask = mask if mask.is_floating_point() else mask.bool()
+        mask = mask[None] if mask.ndim == 1 else mask
         mask = mask[:, None, None, :] if mask.ndim == 2 else mask
     heads_first = F.scaled_dot_product_attention(
         q.transpose(1, 2),

@@ -65,7 +65,8 @@ def read_mask(
 
     seen = mask if mask.dtype == torch.bool else mask == (0 if mask.is_floating_point() else 1)
     one_head = seen[:, 0]
-    keys, k_seen = one_head.view(torch.uint8).any(-2), count_keys(one_head)
+    keys = one_head.view(torch.uint8).any(-2).view(torch.bool)
+    k_seen = count_keys(one_head)
     queries, k_counts = k_seen > 0, keys.sum(-1)
     facts = _Facts.read(
         values=_values_are_those_of_a_mask(mask, seen),
@@ -128,7 +129,7 @@ def keys_by_structure(
         return Opaque("additive mask, of which only its values tell whether it is a bias")
     if mask.shape[1] > 1 or mask.shape[2] > 1:
         return Opaque("mask of which only its values tell whether queries or heads differ")
-    return mask[:, 0, 0] != 0
+    return (mask[:, 0] != 0).any(-2)  # of one row, or of none where there is no query
 
 
 @dataclass(frozen=True, slots=True)

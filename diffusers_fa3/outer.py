@@ -78,7 +78,7 @@ class SpreadMask(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _PRODUCTS and all(isinstance(factor, cls) for factor in args):
                 return _product(func, *args)
-            result = _repeat(*args) if func is Tensor.repeat else func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs) if kwargs else _BY_VIEW.get(func, func)(*args)
         stays = func in _STAYS and _can_be_spread(result)
         return result.as_subclass(cls) if stays else result
 
@@ -105,20 +105,28 @@ def _repeat(mask: Tensor, *times: int) -> Tensor:
     return mask.repeat(*times)
 
 
+def _view(mask: Tensor, *shape: Any) -> Tensor:
+    """Any view that the copy would have allowed for which a repeated mask stands."""
+    return mask.view(*shape) if isinstance(shape[0], torch.dtype) else mask.reshape(*shape)
+
+
+_BY_VIEW: dict[Any, Callable[..., Tensor]] = {Tensor.repeat: _repeat, Tensor.view: _view}
+
+
 def _product(multiply: Callable[..., Tensor], one: Tensor, two: Tensor) -> Tensor:
     one, two = one.as_subclass(Tensor), two.as_subclass(Tensor)
-    if one.dtype == two.dtype and one.ndim == two.ndim == 4 and one.shape[1] == two.shape[1] == 1:
+    if one.dtype == two.dtype and one.ndim == two.ndim == 4 and one.shape[:2] == two.shape[:2]:
         queries, keys = (one, two) if _is_spread(one, 3) and _is_spread(two, 2) else (two, one)
-        rows, columns = torch.broadcast_shapes(one.shape, two.shape)[2:]
-        whole = (queries.shape[2], keys.shape[3]) == (rows, columns)
-        if whole and _is_spread(queries, 3) and _is_spread(keys, 2):
+        rows, columns = queries.shape[2], keys.shape[3]
+        whole = keys.shape[2] in (1, rows) and queries.shape[3] in (1, columns)
+        if whole and one.shape[1] == 1 and _is_spread(queries, 3) and _is_spread(keys, 2):
             return OuterMask(queries[..., :1], keys[:, :, :1])
     return multiply(one, two)
 
 
 def _is_spread(mask: Tensor, axis: int) -> bool:
     """Whether a mask says the same all along an axis, as its layout tells."""
-    return mask.shape[axis] == 1 or mask.stride(axis) == 0
+    return mask.shape[axis] == 1 or (mask.shape[axis] > 1 and mask.stride(axis) == 0)
 
 
 def _can_be_spread(mask: Tensor) -> bool:

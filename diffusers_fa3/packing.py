@@ -54,6 +54,8 @@ class PackingPlan:
     causal: bool = False
     """What the kernel is to be told, aligned at the last query and key. Routes band and packed."""
     window: tuple[int, int] = (-1, -1)
+    first_key: int = 0
+    """Keys before it are too far from every query, and left out. Route band."""
     also: PackingPlan | None = None
     """A second launch, for queries that see keys causally where others do not, or the other way
     round. Each launch gives rows of 0 for the queries of the other: the output is their sum."""
@@ -63,7 +65,8 @@ class PackingPlan:
         if self.route == "static":
             return q, _take(k, self.indices_k).view_as(k), _take(v, self.indices_k).view_as(v)
         if self.route != "packed":
-            return q, k, v
+            skip = self.first_key
+            return (q, k[:, skip:], v[:, skip:]) if skip else (q, k, v)
         return _take(q, self.indices_q), _take(k, self.indices_k), _take(v, self.indices_k)
 
     def buffer(self, out: Tensor | None) -> Tensor | None:
@@ -183,7 +186,8 @@ def _plan_band(band: Band, batch: int, q_len: int, k_len: int) -> PackingPlan:
     window = (band.left, band.right)
     if window == (-1, 0):
         return PackingPlan("band", batch, q_len, k_len, causal=True)
-    return PackingPlan("band", batch, q_len, k_len, window=window)
+    first_key = max(k_len - q_len - band.left, 0) if band.left >= 0 else 0
+    return PackingPlan("band", batch, q_len, k_len, window=window, first_key=first_key)
 
 
 def _plan_sequences(
@@ -278,7 +282,7 @@ def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool)
 def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:
     keys = keys.expand(batch, -1)
     valid = keys.cumsum(-1)
-    lens = valid[:, -1:]
+    lens = keys.sum(-1, keepdim=True)
     every = torch.arange(batch * k_len, device=keys.device).view(batch, k_len)
     # Where each key goes: valid ones to the front, in their order, the rest behind them.
     place = torch.where(keys, valid - 1, lens + (~keys).cumsum(-1) - 1)

@@ -33,7 +33,10 @@ BLOCK = 2**26
 
 
 def count_keys(seen: Tensor) -> Tensor:
-    """How many keys each row of a (B, Sq, Sk) bool mask sees, (B, Sq), added eight at a time."""
+    """How many keys each row of a (B, Sq, Sk) bool mask sees, (B, Sq)."""
+    if seen.is_cuda:
+        return seen.sum(-1)
+    # A CPU adds bools one by one: here, eight at a time.
     counts = []
     for _, block in _blocks(seen):
         # A byte for each key: 128 words can be added up before a byte is full.
@@ -114,10 +117,30 @@ class _Run:
     end: int
     causal: bool
 
+    def apart(self) -> list[_Run]:
+        """Its rows, each by itself."""
+        return [_Run(self.sample, row, row + 1, False) for row in range(self.start, self.end)]
+
 
 def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opaque:
-    samples, q_len, k_len = seen.shape
     runs = _runs(changes, counts)
+    found = _groups(seen, runs)
+    if isinstance(found, Opaque):
+        return found
+    wrong = {
+        (group.sample, int(group.queries[0]))
+        for group in found
+        if group.causal and not _grows_at_the_end(seen[group.sample], group)
+    }
+    if wrong:
+        parts = [run.apart() if (run.sample, run.start) in wrong else [run] for run in runs]
+        found = _groups(seen, [part for run in parts for part in run])
+    return found if isinstance(found, Opaque) else Sequences(tuple(found), len(seen))
+
+
+def _groups(seen: Tensor, runs: list[_Run]) -> list[Sequence] | Opaque:
+    """Runs that see the same keys as one, unless there is too much of them."""
+    samples, q_len, k_len = seen.shape
     if len(runs) > MOST_GROUPS:
         return Opaque(f"mask that depends on the query, in {len(runs)} groups of rows")
     last_rows = seen[[run.sample for run in runs], [run.end - 1 for run in runs]].cpu()
@@ -135,13 +158,15 @@ def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opa
     copies = max(COPIES, q_len // QUERIES_PER_COPY)
     if sum(len(s.keys) for s in found) > copies * samples * k_len:
         return Opaque("mask that depends on the query: packing would copy too many keys")
-    if not all(_grows_at_the_end(seen[s.sample], s) for s in found if s.causal):
-        return Opaque("mask that depends on the query: rows grow, but not at their end")
-    return Sequences(tuple(found), samples)
+    return found
 
 
 def _runs(changes: Tensor, counts: Tensor) -> list[_Run]:
-    """Runs of equal rows; and neighbours of one row each, whose counts rise by one, as one run."""
+    """Runs of equal rows; and neighbours of one row each, whose counts rise by one, as one run.
+
+    That such a run is causal is a guess. Rows that see nothing are in none: what q holds there must
+    reach no kernel.
+    """
     runs: list[_Run] = []
     for sample, (changed, count) in enumerate(zip(changes.bool(), counts.tolist())):
         starts = [*changed.nonzero().flatten().tolist(), len(count)]
@@ -149,7 +174,7 @@ def _runs(changes: Tensor, counts: Tensor) -> list[_Run]:
         for start, end in pairwise(starts):
             previous = runs[-1] if runs and lone else None
             lone = end == start + 1
-            if previous and lone and count[start] == count[previous.end - 1] + 1:
+            if previous and lone and 0 < count[previous.end - 1] == count[start] - 1:
                 runs[-1] = _Run(sample, previous.start, end, causal=True)
             else:
                 runs.append(_Run(sample, start, end, causal=False))

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 # A loaded machine is slow at times, which says nothing of the code.
 settings.register_profile(
     "ci",
-    max_examples=15,
+    max_examples=30,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
@@ -20,7 +20,7 @@ settings.register_profile(
 settings.register_profile(
     "nightly",
     settings.get_profile("ci"),
-    max_examples=500,
+    max_examples=600,
     derandomize=False,
     print_blob=True,
 )

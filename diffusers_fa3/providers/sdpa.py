@@ -25,7 +25,8 @@ def attend(
     Returns (B, Sq, H, Dv) and, where asked for, the log-sum-exp (B, H, Sq).
     """
     if k.shape[1] == 0 or q.shape[1] == 0:
-        return without_keys(q, v, None, return_lse)
+        zeros, lse = without_keys(q, v, None, return_lse)
+        return zeros + q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum(), lse  # with gradients
     square = q.shape[1] == k.shape[1] and window == (-1, -1)
     grouped = q.shape[2] != k.shape[2]
     if softcap or return_lse:
