@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusers_fa3.errors import MaskError
 from diffusers_fa3.meaning import AllValid, Meaning, Opaque, Valid
-from diffusers_fa3.outer import OuterMask, compact
+from diffusers_fa3.outer import OuterMask
 from diffusers_fa3.rows import count_keys, read_rows
 
 MASKED_FROM = -1e4
@@ -59,7 +59,7 @@ def read_mask(
         return _read_outer(mask.queries[:, 0, :, 0], mask.keys[:, 0, 0])
     if mask.requires_grad:
         return Opaque("mask that gradients are asked for")
-    mask = compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d), axes=3)
+    mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
     if mask.numel() == 0:
         return AllValid() if k_len == 0 or 0 in (batch, heads, q_len) else Opaque("empty mask")
 
@@ -124,7 +124,7 @@ def keys_by_structure(
     Arguments and errors are those of `read_mask`, but that an int mask of other numbers than 0 and
     1 goes unnoticed: what is not 0 is seen.
     """
-    mask = compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d), axes=3)
+    mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
     if mask.is_floating_point():
         return Opaque("additive mask, of which only its values tell whether it is a bias")
     if mask.shape[1] > 1 or mask.shape[2] > 1:
@@ -172,6 +172,14 @@ def _as_4d(mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D) -> T
             f"or (B, 1, Sq, Sk) = {(batch, 1, q_len, k_len)}"
         )
     return view.expand(-1, -1, -1, sizes[3])
+
+
+def _compact(mask: Tensor) -> Tensor:
+    """One row for each axis but Sk along which the mask was expanded, nothing being copied."""
+    for axis in range(3):
+        if mask.stride(axis) == 0 and mask.shape[axis] > 1:
+            mask = mask.narrow(axis, 0, 1)
+    return mask
 
 
 def _values_are_those_of_a_mask(mask: Tensor, seen: Tensor) -> Tensor | None:

@@ -133,14 +133,6 @@ def _can_be_spread(mask: Tensor) -> bool:
     return mask.dtype == torch.bool or mask.is_floating_point()
 
 
-def compact(mask: Tensor, axes: int) -> Tensor:
-    """One row for each of the first axes along which a mask was expanded, nothing being copied."""
-    for axis in range(axes):
-        if mask.stride(axis) == 0 and mask.shape[axis] > 1:
-            mask = mask.narrow(axis, 0, 1)
-    return mask
-
-
 def sources_of(mask: Tensor) -> tuple[Tensor, ...]:
     """The tensors that a mask consists of."""
     return (mask.queries, mask.keys) if isinstance(mask, OuterMask) else (mask,)

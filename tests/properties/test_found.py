@@ -98,7 +98,8 @@ def test_no_factors_are_made_of_masks_that_are_none() -> None:
     rows_of_one = keys[..., :1].repeat(1, 1, 3, 1)
     product = keys.repeat(1, 1, 3, 1) & rows_of_one[:, :, :1]
     assert torch.equal(product.as_subclass(Tensor), torch.tensor([True, False]).expand(1, 1, 3, 2))
-    none = keys[..., :0] & keys[..., :0]
+    none = keys[..., :1].repeat(1, 1, 1, 2)[..., :0]
+    none = none & none
     assert none.shape == (1, 1, 1, 0)
     assert type(none) is not OuterMask
 
