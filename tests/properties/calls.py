@@ -14,8 +14,9 @@ from torch import Tensor
 from diffusers_fa3 import MaskError, attention, plan_packing
 from diffusers_fa3.packing import PackingPlan
 
+from .contents import Content, key_padding, row_patterns, scatter
 from .expected import sdpa
-from .masks import Content, Mask, Verdict, key_padding, row_patterns, scatter, some_masks
+from .masks import Mask, Verdict, some_masks
 from .tensors import DTYPES, Qkv, Sizes, scales, some_qkv, some_sizes
 
 

@@ -15,8 +15,8 @@ from diffusers_fa3 import FallbackWarning, MaskError, attention
 
 from . import tried
 from .calls import Call, Planned, some_calls, some_planned_calls
+from .contents import key_padding, row_patterns
 from .expected import assert_close_as, formula, largest, logits
-from .masks import key_padding, row_patterns
 from .tensors import DISJOINT, LAYOUTS
 
 
