@@ -104,8 +104,9 @@ class Masks(RuleBasedStateMachine):
     @rule(i=some, name=st.sampled_from(list(EDITS)), mode=modes)
     def edit(self, i: int, name: str, mode: str) -> None:
         mask = self.at(i)
-        if 0 in mask.stride():
-            mask = mask[:1]
+        for axis, step in enumerate(mask.stride()):
+            if step == 0:  # expanded: torch writes to none of these
+                mask = mask.narrow(axis, 0, min(1, mask.shape[axis]))
         with MODES["in inference mode" if mask.is_inference() else mode]():
             if mask.numel():
                 EDITS[name](mask)
