@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusers_fa3.errors import MaskError
 from diffusers_fa3.meaning import AllValid, Meaning, Opaque, Valid
 from diffusers_fa3.outer import OuterMask
-from diffusers_fa3.rows import count_keys, read_rows
+from diffusers_fa3.rows import blocks, count_keys, read_rows
 
 MASKED_FROM = -1e4
 """Additive values from here down mask a key: what diffusers writes for padding, and -inf.
@@ -63,14 +63,15 @@ def read_mask(
     if mask.numel() == 0:
         return AllValid() if k_len == 0 or 0 in (batch, heads, q_len) else Opaque("empty mask")
 
-    seen = mask if mask.dtype == torch.bool else mask == (0 if mask.is_floating_point() else 1)
+    seen = _seen(mask)
     one_head = seen[:, 0]
     keys = one_head.view(torch.uint8).any(-2).view(torch.bool)
-    k_seen = count_keys(one_head)
+    counts = count_keys(seen.flatten(0, 1)).view(seen.shape[:3])
+    k_seen = counts[:, 0]
     queries, k_counts = k_seen > 0, keys.sum(-1)
     facts = _Facts.read(
-        values=_values_are_those_of_a_mask(mask, seen),
-        empty_rows_are_zero=_empty_rows_are_zero(mask, seen),
+        values=_values_are_those_of_a_mask(mask, counts),
+        empty_rows_are_zero=_empty_rows_are_zero(mask, counts),
         heads_agree=(seen == one_head[:, None]).all() if seen.shape[1] > 1 else None,
         # Every row lies within `keys`: one that sees as many sees them all.
         factors=((k_seen == 0) | (k_seen == k_counts[:, None])).all(),
@@ -182,20 +183,29 @@ def _compact(mask: Tensor) -> Tensor:
     return mask
 
 
-def _values_are_those_of_a_mask(mask: Tensor, seen: Tensor) -> Tensor | None:
+def _seen(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    # Where it is 0: a third of the time of a comparison, on a CPU.
+    return mask.logical_not() if mask.is_floating_point() else mask == 1
+
+
+def _values_are_those_of_a_mask(mask: Tensor, counts: Tensor) -> Tensor | None:
     if mask.dtype == torch.bool:
         return None
-    masked = mask <= MASKED_FROM if mask.is_floating_point() else mask == 0
-    return count_keys(seen.flatten(0, 1)).sum() + count_keys(masked.flatten(0, 1)).sum() == (
-        mask.numel()
-    )
+    masked = [count_keys(_masked(block)).sum() for _, block in blocks(mask.flatten(0, 1))]
+    return counts.sum() + torch.stack(masked).sum() == mask.numel()
 
 
-def _empty_rows_are_zero(mask: Tensor, seen: Tensor) -> Tensor | None:
+def _masked(mask: Tensor) -> Tensor:
+    return mask <= MASKED_FROM if mask.is_floating_point() else mask == 0
+
+
+def _empty_rows_are_zero(mask: Tensor, counts: Tensor) -> Tensor | None:
     """Whether the default, too, gives 0 in rows without a valid key: those of -inf throughout."""
     if not mask.is_floating_point():
         return None
-    return (seen.any(-1) | (mask.amax(-1) == -torch.inf)).all()
+    return ((counts > 0) | (mask.amax(-1) == -torch.inf)).all()
 
 
 def _bias(mask: Tensor) -> Opaque:

@@ -28,8 +28,9 @@ QUERIES_PER_COPY = 512
 so many queries of the call. By an H100's rates (600 TFLOP/s, 2.4 TB/s) copying a key takes as long
 as 500 queries take to see it: reckoned, not timed."""
 
-BLOCK = 2**26
-"""Elements of the mask that are looked at in one go: what is laid out besides it stays small."""
+GPU_BLOCK, CPU_BLOCK = 2**26, 2**22
+"""Elements of the mask that are looked at in one go. What is laid out besides it stays small, on a
+CPU so small that it is laid out in pages used before: fresh ones take longer than the reading."""
 
 
 def count_keys(seen: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def count_keys(seen: Tensor) -> Tensor:
         return seen.sum(-1)
     # A CPU adds bools one by one: here, eight at a time.
     counts = []
-    for _, block in _blocks(seen):
+    for _, block in blocks(seen):
         # A byte for each key: 128 words can be added up before a byte is full.
         words = _words(block)
         sums = words.view(*words.shape[:-1], -1, 128).sum(-1)
@@ -60,22 +61,25 @@ def read_rows(seen: Tensor, counts: Tensor) -> Band | Sequences | Opaque:
     return _band(seen, counts) or _sequences(seen, changes, counts)
 
 
-def _blocks(seen: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
-    """Rows of a mask, as many at a time as a block holds, and where they begin."""
-    samples, q_len, k_len = seen.shape
-    step = max(1, BLOCK // (samples * k_len))
+def blocks(mask: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a (B, Sq, Sk) mask, as many at a time as a block holds, and where they begin."""
+    samples, q_len, k_len = mask.shape
+    size = GPU_BLOCK if mask.is_cuda else CPU_BLOCK
+    step = max(1, size // (samples * k_len))
     for start in range(0, q_len, step):
-        yield start, seen[:, start : start + step + overlap]
+        yield start, mask[:, start : start + step + overlap]
 
 
 def _words(seen: Tensor) -> Tensor:
     """Eight keys to an int64, 0 behind the last one: a multiple of 128 words to a row."""
-    return F.pad(seen, (0, -seen.shape[-1] % 1024)).contiguous().view(torch.int64)
+    behind = -seen.shape[-1] % 1024
+    whole = F.pad(seen, (0, behind)) if behind else seen.contiguous()
+    return whole.view(torch.int64)
 
 
 def _changes(seen: Tensor) -> Tensor:
     """Which rows differ from the row above, (B, Sq); the first counts as such."""
-    words = (_words(block) for _, block in _blocks(seen, overlap=1))
+    words = (_words(block) for _, block in blocks(seen, overlap=1))
     changes = [(block[:, 1:] != block[:, :-1]).any(-1) for block in words]
     return F.pad(torch.cat(changes, dim=-1)[:, : seen.shape[1] - 1], (1, 0), value=True)
 
@@ -91,19 +95,21 @@ def _band(seen: Tensor, counts: Tensor) -> Band | None:
     level = torch.arange(k_len - q_len, k_len)
     first = torch.zeros_like(level) if left < 0 else (level - left).clamp(min=0)
     last = torch.full_like(level, k_len - 1) if right < 0 else (level + right).clamp(max=k_len - 1)
-    if (counts != last - first + 1).any() or not _rows_are(seen, first, last):
+    if (counts != last - first + 1).any():
         return None
-    return Band(left, right)
+    band = Band(left, right)
+    return band if _is_band(seen, band) else None
 
 
-def _rows_are(seen: Tensor, first: Tensor, last: Tensor) -> bool:
-    """Whether rows see just the keys from `first` to `last`, both (Sq,)."""
-    keys = torch.arange(seen.shape[-1], dtype=torch.int32, device=seen.device)
-    first, last = (x.to(seen.device, torch.int32)[:, None] for x in (first, last))
-    for start, block in _blocks(seen):
-        rows = slice(start, start + block.shape[1])
-        band = (keys >= first[rows]) & (keys <= last[rows])
-        if not torch.equal(block, band.expand_as(block)):
+def _is_band(seen: Tensor, band: Band) -> bool:
+    q_len, k_len = seen.shape[1:]
+    for start, block in blocks(seen):
+        level = k_len - q_len + start
+        rows = torch.ones(block.shape[1:], dtype=torch.bool, device=seen.device)
+        rows = rows if band.right < 0 else rows.tril_(level + band.right)
+        rows = rows if band.left < 0 else rows.triu_(level - band.left)
+        words = _words(block)
+        if not torch.equal(words, _words(rows).expand_as(words)):
             return False
     return True
 
@@ -115,50 +121,67 @@ class _Run:
     sample: int
     start: int
     end: int
-    causal: bool
+    keys: int
+    """How many the last row sees."""
+    causal: bool = False
 
     def apart(self) -> list[_Run]:
-        """Its rows, each by itself."""
-        return [_Run(self.sample, row, row + 1, False) for row in range(self.start, self.end)]
+        """The rows of a causal run, each by itself."""
+        counts = range(self.keys - (self.end - self.start) + 1, self.keys + 1)
+        rows = range(self.start, self.end)
+        return [_Run(self.sample, row, row + 1, keys) for row, keys in zip(rows, counts)]
+
+
+_Groups = dict[tuple[int, bytes, int], list[_Run]]
+"""Runs that see alike: of one sample, with the same last row, and a causal one by itself."""
 
 
 def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opaque:
     runs = _runs(changes, counts)
-    found = _groups(seen, runs)
-    if isinstance(found, Opaque):
-        return found
-    wrong = {
-        (group.sample, int(group.queries[0]))
-        for group in found
-        if group.causal and not _grows_at_the_end(seen[group.sample], group)
-    }
-    if wrong:
-        parts = [run.apart() if (run.sample, run.start) in wrong else [run] for run in runs]
-        found = _groups(seen, [part for run in parts for part in run])
-    return found if isinstance(found, Opaque) else Sequences(tuple(found), len(seen))
-
-
-def _groups(seen: Tensor, runs: list[_Run]) -> list[Sequence] | Opaque:
-    """Runs that see the same keys as one, unless there is too much of them."""
-    samples, q_len, k_len = seen.shape
     if len(runs) > MOST_GROUPS:
         return Opaque(f"mask that depends on the query, in {len(runs)} groups of rows")
-    last_rows = seen[[run.sample for run in runs], [run.end - 1 for run in runs]].cpu()
-
-    groups: dict[tuple[int, bytes, int], list[Tensor]] = {}
-    for run, row in zip(runs, last_rows):
-        # A causal run is a group of its own; others join the group that sees the same keys.
-        group = (run.sample, row.numpy().tobytes(), run.start if run.causal else -1)
-        groups.setdefault(group, [row]).append(torch.arange(run.start, run.end))
-    found = [
-        Sequence(sample, torch.cat(queries), row.nonzero().flatten(), causal=start >= 0)
-        for (sample, _, start), (row, *queries) in groups.items()
-        if row.any()
-    ]
-    copies = max(COPIES, q_len // QUERIES_PER_COPY)
-    if sum(len(s.keys) for s in found) > copies * samples * k_len:
+    groups = _groups(seen, runs)
+    # Scatter is known by what is not guessed.
+    if _copies_too_much(seen, [same[0] for same in groups.values() if not same[0].causal]):
         return Opaque("mask that depends on the query: packing would copy too many keys")
-    return found
+
+    causal = [(row, run) for (_, row, _), (run, *_) in groups.items() if run.causal]
+    wrong = {run for row, run in causal if not _grows_at_the_end(seen[run.sample], run, row)}
+    if wrong:
+        groups = _groups(
+            seen, [x for run in runs for x in (run.apart() if run in wrong else [run])]
+        )
+    if _copies_too_much(seen, [same[0] for same in groups.values()]):
+        return Opaque("mask that depends on the query: packing would copy too many keys")
+    sequences = [
+        Sequence(
+            sample,
+            torch.cat([torch.arange(run.start, run.end) for run in same]),
+            _positions(row),
+            same[0].causal,
+        )
+        for (sample, row, _), same in groups.items()
+    ]
+    return Sequences(tuple(sequences), len(seen))
+
+
+def _copies_too_much(seen: Tensor, one_of_each: list[_Run]) -> bool:
+    samples, q_len, k_len = seen.shape
+    copies = max(COPIES, q_len // QUERIES_PER_COPY)
+    return sum(run.keys for run in one_of_each) > copies * samples * k_len
+
+
+def _groups(seen: Tensor, runs: list[_Run]) -> _Groups:
+    last_rows = seen[[run.sample for run in runs], [run.end - 1 for run in runs]].cpu().numpy()
+    groups: _Groups = {}
+    for run, row in zip(runs, last_rows):
+        group = (run.sample, row.tobytes(), run.start if run.causal else -1)
+        groups.setdefault(group, []).append(run)
+    return groups
+
+
+def _positions(row: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(row), dtype=torch.bool).nonzero().flatten()
 
 
 def _runs(changes: Tensor, counts: Tensor) -> list[_Run]:
@@ -170,27 +193,30 @@ def _runs(changes: Tensor, counts: Tensor) -> list[_Run]:
     runs: list[_Run] = []
     for sample, (changed, count) in enumerate(zip(changes.bool(), counts.tolist())):
         starts = [*changed.nonzero().flatten().tolist(), len(count)]
-        lone = False
+        previous: _Run | None = None
         for start, end in pairwise(starts):
-            previous = runs[-1] if runs and lone else None
-            lone = end == start + 1
-            if previous and lone and 0 < count[previous.end - 1] == count[start] - 1:
-                runs[-1] = _Run(sample, previous.start, end, causal=True)
+            keys = count[start]
+            if not keys:
+                previous = None
+                continue
+            alone = end == start + 1
+            if previous and alone and keys == previous.keys + 1:
+                runs[-1] = _Run(sample, previous.start, end, keys, causal=True)
             else:
-                runs.append(_Run(sample, start, end, causal=False))
+                runs.append(_Run(sample, start, end, keys))
+            previous = runs[-1] if alone else None
     return runs
 
 
-def _grows_at_the_end(seen: Tensor, group: Sequence) -> bool:
-    """Whether each row of a causal group, whose counts rise by one, sees the first of its keys."""
-    k_len, total = seen.shape[-1], len(group.keys)
+def _grows_at_the_end(seen: Tensor, run: _Run, last_row: bytes) -> bool:
+    """Whether each row of a causal run, whose counts rise by one, sees the first of its keys."""
+    k_len = seen.shape[-1]
     place = torch.full((k_len,), k_len, dtype=torch.int32)
-    place[group.keys] = torch.arange(total, dtype=torch.int32)
-    counts = torch.arange(total - len(group.queries), total, dtype=torch.int32) + 1
+    place[_positions(last_row)] = torch.arange(run.keys, dtype=torch.int32)
+    counts = torch.arange(run.keys - (run.end - run.start), run.keys, dtype=torch.int32) + 1
     place, counts = place.to(seen.device), counts.to(seen.device)[:, None]
-    start = int(group.queries[0])
-    rows = seen[None, start : start + len(group.queries)]
+    rows = seen[None, run.start : run.end]
     return not any(
-        (block & (place >= counts[row : row + block.shape[1]])).any()
-        for row, block in _blocks(rows)
+        _words(block & (place >= counts[row : row + block.shape[1]])).any()
+        for row, block in blocks(rows)
     )

@@ -49,7 +49,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def test_a_pattern_is_read_as_what_it_is(
     name: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "BLOCK", block)
+    monkeypatch.setattr(rows, "CPU_BLOCK", block)
     make, means = PATTERNS[name]
     mask = make()
     meaning = read(mask)
@@ -169,3 +169,11 @@ def test_a_window_needs_a_kernel_that_has_one() -> None:
     mask = PATTERNS["sliding window"][0]()
     with pytest.raises(KernelUnavailableError, match="built without window"):
         attention(*tensors(mask, torch.bfloat16), plan_of(mask), kernel=kernel)
+
+
+def test_rows_guessed_to_be_causal_join_those_that_see_alike() -> None:
+    three, four = torch.arange(24) < 3, (torch.arange(24) >= 10) & (torch.arange(24) < 14)
+    mask = torch.stack([three, four] * 32)  # counts rise by one in each pair, in none does a key
+    meaning = read(mask[None, None])
+    assert isinstance(meaning, Sequences)
+    assert [len(s.queries) for s in meaning.sequences] == [32, 32]
