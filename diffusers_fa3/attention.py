@@ -30,6 +30,7 @@ from diffusers_fa3.out import check_out
 from diffusers_fa3.packing import PackingPlan, try_plan
 from diffusers_fa3.plans import Plan
 from diffusers_fa3.providers import KernelChoice, Request, read_machine, select
+from diffusers_fa3.providers.adapt import without_keys
 
 FindPlan = Callable[[Tensor, object, Callable[[], Plan]], Plan]
 """Finds the plan for a mask and the rest of the call again, or has it made."""
@@ -71,7 +72,7 @@ def attend(
     """The way of the data: `attention` and every processor go it."""
     check_inputs(q, k, v, mask, causal)
     if q.numel() == 0 or k.shape[1] == 0:
-        return _without_keys(q, k, v, out, return_lse)
+        return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
 
     # Who can serve this call?
     request = Request(
@@ -95,7 +96,7 @@ def attend(
         return _declined(plan.reason, MaskError)
 
     if plan.route == "packed" and not (plan.max_seqlen_q and plan.max_seqlen_k):
-        return _without_keys(q, k, v, out, return_lse)
+        return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
     if plan.window != (-1, -1):
         # Only now is it known that a sliding window is needed, which not every build has.
         chosen = _choose(request._replace(window=True), q.device, kernel, owner)
@@ -252,16 +253,6 @@ def _is_recorded(mask: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     return mask.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _without_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, return_lse: bool) -> Served:
-    """Nothing to attend to, or nobody to: 0, as SDPA gives, and still a part of the graph."""
-    zero = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
-    result = q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero
-    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32)
-    return Served(
-        result if out is None else out.copy_(result), lse if return_lse else None, "none", "empty"
-    )
 
 
 def _default(

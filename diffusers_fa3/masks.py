@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusers_fa3.errors import MaskError
 from diffusers_fa3.meaning import AllValid, Meaning, Opaque, Valid
-from diffusers_fa3.outer import OuterMask
+from diffusers_fa3.outer import is_in_factors
 from diffusers_fa3.rows import blocks, count_keys, read_rows
 
 MASKED_FROM = -1e4
@@ -53,10 +53,11 @@ def read_mask(
     Raises:
         MaskError: the mask does not broadcast to (B, H, Sq, Sk), or its values have no meaning.
     """
-    if isinstance(mask, OuterMask) and mask.shape[2:] == (q_len, k_len):
+    if is_in_factors(mask) and mask.shape[2:] == (q_len, k_len):
         if mask.is_floating_point():
             return _bias(mask)
-        return _read_outer(mask.queries[:, 0, :, 0], mask.keys[:, 0, 0])
+        queries, keys = mask.factors
+        return _read_outer(queries[:, 0, :, 0], keys[:, 0, 0])
     if mask.requires_grad:
         return Opaque("mask that gradients are asked for")
     mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))

@@ -12,12 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+
+from diffusers_fa3.errors import MaskError
 
 BLOCKS = (
     "ChromaSingleTransformerBlock",
@@ -37,12 +39,13 @@ class OuterMask(Tensor):
     """A (B, 1, Sq, Sk) mask, `queries * keys`; laid out as soon as any operation asks for it.
 
     Attributes:
-        queries: (B or 1, 1, Sq, 1), bool or float.
-        keys: (B or 1, 1, 1, Sk), likewise.
+        factors: queries (B or 1, 1, Sq, 1), bool or float, and keys (B or 1, 1, 1, Sk), likewise.
+        whole: the mask laid out for good, where it was edited or a view of it was taken.
     """
 
-    queries: Tensor
-    keys: Tensor
+    factors: tuple[Tensor, Tensor]
+    whole: Tensor | None
+    _versions: list[int]
 
     @staticmethod
     def __new__(cls, queries: Tensor, keys: Tensor) -> OuterMask:  # noqa: D102
@@ -50,7 +53,8 @@ class OuterMask(Tensor):
         mask: OuterMask = Tensor._make_wrapper_subclass(
             cls, shape, dtype=keys.dtype, device=keys.device
         )
-        mask.queries, mask.keys = queries, keys
+        mask.factors, mask.whole = (queries, keys), None
+        mask._versions = mask._versions_now()
         return mask
 
     def __init__(self, queries: Tensor, keys: Tensor) -> None:
@@ -62,12 +66,28 @@ class OuterMask(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no method of a class
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(cls, cls.laid_out, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        for place, argument in enumerate(func._schema.arguments):
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and isinstance(given, cls):
+                given.whole = given.laid_out()
+        args, kwargs = pytree.tree_map_only(cls, cls.laid_out, (args, kwargs))
         return func(*args, **kwargs)
 
     def laid_out(self) -> Tensor:
-        """The mask itself."""
-        return self.queries * self.keys
+        """The mask itself.
+
+        Raises:
+            MaskError: a factor was edited since, of which the product would have known nothing.
+        """
+        if self.whole is not None:
+            return self.whole
+        if self._versions != self._versions_now():
+            raise MaskError("a mask was edited in place after it was multiplied; edit a copy of it")
+        return self.factors[0] * self.factors[1]
+
+    def _versions_now(self) -> list[int]:
+        return [0 if factor.is_inference() else factor._version for factor in self.factors]
 
 
 class SpreadMask(Tensor):
@@ -135,7 +155,12 @@ def _can_be_spread(mask: Tensor) -> bool:
 
 def sources_of(mask: Tensor) -> tuple[Tensor, ...]:
     """The tensors that a mask consists of."""
-    return (mask.queries, mask.keys) if isinstance(mask, OuterMask) else (mask,)
+    return mask.factors if is_in_factors(mask) else (mask,)
+
+
+def is_in_factors(mask: Tensor) -> TypeGuard[OuterMask]:
+    """Whether a mask need not be laid out to be read."""
+    return isinstance(mask, OuterMask) and mask.whole is None
 
 
 def spread_masks_of(block: nn.Module) -> None:

@@ -109,6 +109,17 @@ def test_gradients_reach_all_inputs(packed):
     assert all(x.grad is not None and x.grad.isfinite().all() for x in packed[:3])
 
 
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_gradients_are_zero_where_there_is_no_key(packed, kernel):
+    q, k, v, ends_q, ends_k, q_max, _ = packed[:7]
+    q, k, v = q.requires_grad_(), k[:0].requires_grad_(), v[:0].requires_grad_()
+    out = flash_attn_varlen_func(q, k, v, ends_q, ends_k * 0, q_max, 0, kernel=kernel)
+    assert not out.any()
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+    assert not gradients[0].any()
+
+
 def test_a_function_given_as_the_kernel_serves(packed):
     called = []
 

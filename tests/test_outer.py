@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from zoo import CASES, Case
 from zoo.budget import assert_within_budget
 
-from diffusers_fa3 import MaskError, coverage, disable_fa3, enable_fa3, plan_packing
-from diffusers_fa3.outer import OuterMask, SpreadMask
+from diffusers_fa3 import MaskError, attention, coverage, disable_fa3, enable_fa3, plan_packing
+from diffusers_fa3.outer import OuterMask, SpreadMask, sources_of
+from diffusers_fa3.plans import PlanCache
 
 B, S = 2, 6
 VALID = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]], dtype=torch.bool)
@@ -142,3 +143,49 @@ def test_other_models_get_no_hooks() -> None:
     model = case.build()
     enable_fa3(model)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m.logical_not_(),
+        lambda m: m.masked_fill_(torch.eye(S, dtype=torch.bool), True),
+        lambda m: m[0].fill_(True),
+        lambda m: m[..., 2:].logical_not_(),
+        lambda m: m.transpose(2, 3)[:, :, 0].fill_(False),
+        lambda m: torch.logical_not(m, out=m),
+        lambda m: m.__setitem__((0, 0, 3), True),
+    ],
+)
+def test_a_mask_that_is_edited_is_what_it_was_made(edit: Callable[[Tensor], Tensor]) -> None:
+    mask, plain = chroma(VALID.as_subclass(SpreadMask)), chroma(VALID)
+    q = torch.randn(B, S, 2, 8)
+    assert isinstance(mask, OuterMask)
+    for _ in range(2):  # a plan is known by now, which must not be taken for the edited mask's
+        edit(mask)
+        edit(plain)
+        assert torch.equal(mask, plain)
+        assert torch.equal(attention(q, q, q, mask), attention(q, q, q, plain))
+
+
+def test_a_plan_of_an_edited_mask_is_not_found_again() -> None:
+    mask = chroma(VALID.as_subclass(SpreadMask))
+    plans = PlanCache()
+    longest = []
+    for _ in range(3):
+        plan, made = plans.find(
+            sources_of(mask), "", lambda: plan_packing(mask, batch=B, q_len=S, k_len=S)
+        )
+        assert made
+        longest.append(plan.max_seqlen_k)
+        mask[:, :, :, :3] = True
+        mask.mul_(torch.tensor(len(longest) == 1))
+    assert longest == [4, 5, 0]
+
+
+def test_a_factor_that_is_edited_is_refused() -> None:
+    valid = VALID.clone()
+    mask = chroma(valid.as_subclass(SpreadMask))
+    valid[0, 2] = True
+    with pytest.raises(MaskError, match="edited in place after it was multiplied"):
+        mask.clone()

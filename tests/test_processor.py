@@ -323,7 +323,7 @@ class TwoCalls:
         self, attn: Attention, x: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
         x, mask = x[:, None], attention_mask[:, None, None]
-        one = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        one = F.scaled_dot_product_attention(x, x, x, attn_mask=mask.clone())
         return one + F.scaled_dot_product_attention(x, x, x, attn_mask=mask.flip(-1))
 
 

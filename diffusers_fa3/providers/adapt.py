@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
-from diffusers_fa3.out import out_dtype
+from diffusers_fa3.out import needs_grad, out_dtype
 from diffusers_fa3.providers.contract import Forward
 
 Result = tuple[Tensor, Tensor | None]
@@ -23,7 +23,7 @@ def shielded(forward: Forward) -> Forward:
 
     def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
         if not (q.numel() and k.numel()):
-            return without_keys(q, v, options.get("out"), options.get("return_lse", False))
+            return without_keys(q, k, v, options.get("out"), options.get("return_lse", False))
         seqused_k = options.get("seqused_k")
         if seqused_k is not None:
             v = without_padding(v, seqused_k, options.get("cu_seqlens_k"))
@@ -32,16 +32,17 @@ def shielded(forward: Forward) -> Forward:
     return call
 
 
-def without_keys(q: Tensor, v: Tensor, out: Tensor | None, return_lse: bool) -> Result:
-    """Attention over nothing: 0, with a log-sum-exp of -inf."""
-    if out is None:
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype(q))
+def without_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, return_lse: bool) -> Result:
+    """Attention over nothing: 0, as SDPA gives, with a log-sum-exp of -inf; still in the graph."""
     rows = q.shape[:-1]
+    result = q.new_zeros((*rows, v.shape[-1]), dtype=out_dtype(q))
+    if needs_grad(q, k, v):
+        result = result + sum(x[..., :0].sum() for x in (q, k, v))
     lse = None
     if return_lse:
         shape = (rows[1], rows[0]) if len(rows) == 2 else (rows[0], rows[2], rows[1])
         lse = q.new_full(shape, -torch.inf, dtype=torch.float32)
-    return out.zero_(), lse
+    return result if out is None else out.copy_(result), lse
 
 
 def dense_as_packed(forward: Forward) -> Forward:

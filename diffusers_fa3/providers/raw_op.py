@@ -121,7 +121,7 @@ class RawOp:
     ) -> Result:
         """See `Forward`."""
         if not (q.numel() and k.numel()):  # what `shielded` does, at half its price
-            return without_keys(q, v, out, return_lse)
+            return without_keys(q, k, v, out, return_lse)
         if seqused_k is not None:
             v = without_padding(v, seqused_k, cu_seqlens_k)
         arguments, place = self._fill.copy(), self._place

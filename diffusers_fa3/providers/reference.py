@@ -54,7 +54,7 @@ def forward(
     if q_descale is not None or k_descale is not None or v_descale is not None:
         raise KernelUnavailableError("reference serves no float8: it cannot take descales")
     if q.numel() == 0 or k.numel() == 0:
-        return without_keys(q, v, out, return_lse)
+        return without_keys(q, k, v, out, return_lse)
     how = partial(
         attend,
         scale=softmax_scale,

@@ -25,8 +25,7 @@ def attend(
     Returns (B, Sq, H, Dv) and, where asked for, the log-sum-exp (B, H, Sq).
     """
     if k.shape[1] == 0 or q.shape[1] == 0:
-        zeros, lse = without_keys(q, v, None, return_lse)
-        return zeros + q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum(), lse  # with gradients
+        return without_keys(q, k, v, None, return_lse)
     square = q.shape[1] == k.shape[1] and window == (-1, -1)
     grouped = q.shape[2] != k.shape[2]
     if softcap or return_lse:

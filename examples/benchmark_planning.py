@@ -1,0 +1,142 @@
+"""Time the reading of a (B, 1, S, S) mask, once per forward, against one attention call with it.
+
+    python examples/benchmark_planning.py
+    python examples/benchmark_planning.py --device cuda --dtype bfloat16 --heads 24 --head-dim 128
+
+Reading and PyTorch's attention take turns in one run; medians. What a mask says is in its name, how
+it is written in the column beside it. `scatter` is what no variable-length kernel can take: how
+long it takes to find that out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+from benchmark import Method, times_of, versions
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusers_fa3 import MaskError, plan_packing
+
+
+def padding(length: int) -> Tensor:
+    """A fifth of the tokens is padding, as queries and as keys."""
+    valid = torch.arange(length) < length * 4 // 5
+    return valid[:, None] & valid
+
+
+def key_padding(length: int) -> Tensor:
+    """A fifth of the keys is padding; laid out for every query."""
+    return (torch.arange(length) < length * 4 // 5).repeat(length, 1)
+
+
+def causal(length: int) -> Tensor:
+    """A query sees keys up to itself."""
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def window(length: int) -> Tensor:
+    """A query sees keys at most 64 before or after itself."""
+    return torch.ones(length, length, dtype=torch.bool).tril(64).triu(-64)
+
+
+def segments(length: int) -> Tensor:
+    """Six samples in one sequence."""
+    segment = torch.arange(length) * 6 // length
+    return segment[:, None] == segment
+
+
+def frames(length: int) -> Tensor:
+    """Four blocks of frames, each of which sees those before it as well."""
+    frame = torch.arange(length) * 4 // length
+    return frame[:, None] >= frame
+
+
+def scatter(length: int) -> Tensor:
+    """Every query sees other keys."""
+    return torch.rand(length, length, generator=torch.Generator().manual_seed(0)) < 0.5
+
+
+MASKS: tuple[Callable[[int], Tensor], ...] = (
+    padding,
+    key_padding,
+    causal,
+    window,
+    segments,
+    frames,
+    scatter,
+)
+
+
+def forms(seen: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A mask as bool and as additive values: -inf is the default's only way to an empty row."""
+    yield "bool", seen
+    yield "-inf", torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
+
+
+def route(mask: Tensor) -> str:
+    """What is planned of the mask, which is read in any case."""
+    _, _, q_len, k_len = mask.shape
+    try:
+        return plan_packing(mask, batch=1, q_len=q_len, k_len=k_len).route
+    except MaskError:
+        return "none"
+
+
+def measure(mask: Tensor, x: Tensor, args: argparse.Namespace) -> tuple[float, float]:
+    """Milliseconds for the reading of a mask, and for attention of `x`, (1, H, S, D), with it."""
+    runs = {
+        "plan": Method(route),
+        "attention": Method(lambda mask: F.scaled_dot_product_attention(x, x, x, mask)),
+    }
+    times = times_of(runs, [mask], args.rounds, args.device, calls=1)
+    return statistics.median(times["plan"]), statistics.median(times["attention"])
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    devices = ["cpu", "cuda"]
+    parser.add_argument("--device", default=devices[torch.cuda.is_available()], choices=devices)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="as many as PyTorch takes by itself")
+    parser.add_argument("--rounds", type=int, default=11)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    table = Table("mask", "written as", "length", "route", "plan", "attention", "share")
+    for length, make in itertools.product(args.lengths, MASKS):
+        shape = (1, args.heads, length, args.head_dim)
+        for form, laid_out in forms(make(length)[None, None], dtype):
+            mask = laid_out.to(args.device)
+            plan, attention = measure(mask, torch.randn(shape, dtype=dtype).to(args.device), args)
+            table.add_row(
+                make.__name__,
+                form,
+                str(length),
+                route(mask),
+                f"{plan:.2f} ms",
+                f"{attention:.2f} ms",
+                f"{plan / attention:.1%}",
+            )
+    Console().print(table)
+    print(", ".join(f"{name} {value}" for name, value in versions(args.device, "auto").items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The benchmark of planning reads every mask as what its name says. No times."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from benchmark_planning import MASKS, forms, main, route
+
+ROUTES = {
+    "padding": "packed",
+    "key_padding": "seqused",
+    "causal": "band",
+    "window": "band",
+    "segments": "packed",
+    "frames": "packed",
+    "scatter": "none",
+}
+
+
+def test_masks_are_what_they_are_called() -> None:
+    for make in MASKS:
+        for form, mask in forms(make(256)[None, None], torch.float32):
+            assert route(mask) == ROUTES[make.__name__], (make, form)
+
+
+def test_a_row_for_every_mask(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cpu", "--lengths", "32", "48", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_planning.py", *options])
+    main()
+    printed = capsys.readouterr().out
+    assert all(printed.count(f" {make.__name__} ") == 4 for make in MASKS)
+    assert f"torch {torch.__version__}" in printed
