@@ -138,8 +138,8 @@ _Groups = dict[tuple[int, bytes, int], list[_Run]]
 
 def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opaque:
     runs = _runs(changes, counts)
-    if len(runs) > MOST_GROUPS:
-        return Opaque(f"mask that depends on the query, in {len(runs)} groups of rows")
+    if isinstance(runs, Opaque):
+        return runs
     groups = _groups(seen, runs)
     # Scatter is known by what is not guessed.
     if _copies_too_much(seen, [same[0] for same in groups.values() if not same[0].causal]):
@@ -184,27 +184,29 @@ def _positions(row: bytes) -> Tensor:
     return torch.frombuffer(bytearray(row), dtype=torch.bool).nonzero().flatten()
 
 
-def _runs(changes: Tensor, counts: Tensor) -> list[_Run]:
+def _runs(changes: Tensor, counts: Tensor) -> list[_Run] | Opaque:
     """Runs of equal rows; and neighbours of one row each, whose counts rise by one, as one run.
 
     That such a run is causal is a guess. Rows that see nothing are in none: what q holds there must
     reach no kernel.
     """
+    changed = changes.bool()
+    alone = changed & F.pad(changed[:, 1:], (0, 1), value=True)
+    rises = (counts[:, 1:] == counts[:, :-1] + 1) & (counts[:, :-1] > 0)
+    grows = F.pad(alone[:, 1:] & alone[:, :-1] & rises, (1, 0), value=False)
+    starts = changed & ~grows
+    found = int((starts & (counts > 0)).sum())
+    if found > MOST_GROUPS:
+        return Opaque(f"mask that depends on the query, in {found} groups of rows")
+
     runs: list[_Run] = []
-    for sample, (changed, count) in enumerate(zip(changes.bool(), counts.tolist())):
-        starts = [*changed.nonzero().flatten().tolist(), len(count)]
-        previous: _Run | None = None
-        for start, end in pairwise(starts):
-            keys = count[start]
-            if not keys:
-                previous = None
-                continue
-            alone = end == start + 1
-            if previous and alone and keys == previous.keys + 1:
-                runs[-1] = _Run(sample, previous.start, end, keys, causal=True)
-            else:
-                runs.append(_Run(sample, start, end, keys))
-            previous = runs[-1] if alone else None
+    for sample, count in enumerate(counts):
+        edges = [*starts[sample].nonzero().flatten().tolist(), len(count)]
+        for start, end in pairwise(edges):
+            keys = int(count[end - 1])
+            causal = end > start + 1 and bool(grows[sample, start + 1])
+            if keys:
+                runs.append(_Run(sample, start, end, keys, causal))
     return runs
 
 
