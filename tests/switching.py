@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
-from zoo import CASES, Case, Layout
+from zoo import CASES, MISSING, Case, Layout
 from zoo.budget import assert_within_budget, budget, error
 from zoo.case import cast
 from zoo.watch import watched
 
 from diffusers_fa3 import FA3AttnProcessor, coverage
 
-BY_NAME = {case.name: case for case in CASES}
+
+class ByName(dict[str, Case]):
+    """Cases by name. A test that asks for one that the installed diffusers lacks is skipped."""
+
+    def __missing__(self, name: str) -> Case:
+        __tracebackhide__ = True
+        pytest.skip(f"{name}: {MISSING[name]}")
+
+
+BY_NAME = ByName({case.name: case for case in CASES})
 
 Treatment = Callable[[nn.Module], nn.Module]
 

@@ -18,6 +18,7 @@ from digits_task import (
     share_named,
 )
 from loading import load_pipeline
+from releases import QWENIMAGE_MASKS, needs
 from torch import nn
 from zoo.budget import assert_within_budget
 
@@ -83,6 +84,7 @@ def test_templates_differ_in_length(pipe: DiffusionPipeline) -> None:
 def test_a_reader_of_real_digits_names_the_drawn_ones(
     pipe: DiffusionPipeline, attention: str
 ) -> None:
+    needs(*QWENIMAGE_MASKS)
     if attention == "FA3":
         enable_fa3(pipe, kernel="reference", fallback="error")
     images, asked = draw_in_turn(pipe, 200)
@@ -90,6 +92,7 @@ def test_a_reader_of_real_digits_names_the_drawn_ones(
 
 
 def test_a_batch_of_prompts_is_served_with_its_mask(pipe: DiffusionPipeline) -> None:
+    needs(*QWENIMAGE_MASKS)
     enable_fa3(pipe, kernel="reference")
     draw(pipe, ["seven", "a picture of the digit three"], seeds=[0, 1], steps=2)
     report = coverage(pipe).to_dict()
@@ -99,6 +102,7 @@ def test_a_batch_of_prompts_is_served_with_its_mask(pipe: DiffusionPipeline) -> 
 
 
 def test_without_the_mask_the_padded_pictures_change(pipe: DiffusionPipeline) -> None:
+    needs(*QWENIMAGE_MASKS)
     prompts = ["seven", prompt_for(3, len(TEMPLATES) - 1)]
     right = draw(pipe, prompts, seeds=[0, 1])
 
@@ -114,6 +118,7 @@ def test_without_the_mask_the_padded_pictures_change(pipe: DiffusionPipeline) ->
 
 
 def test_a_prompt_in_a_batch_gives_what_it_gives_alone(pipe: DiffusionPipeline) -> None:
+    needs(*QWENIMAGE_MASKS)
     prompts = [prompt_for(digit, digit) for digit in range(10)]
 
     def batch(pipe: DiffusionPipeline) -> torch.Tensor:

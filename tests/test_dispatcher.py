@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -17,7 +16,7 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from packaging.version import Version
+from releases import needs
 from tiny import LAYERS, flux, forward, pipeline
 
 from diffusers_fa3 import (
@@ -134,19 +133,15 @@ def attend(mask: torch.Tensor | None = None) -> torch.Tensor:
     "mask",
     [
         None,
-        pytest.param(
-            torch.tensor([[1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]], dtype=torch.bool),
-            marks=pytest.mark.skipif(
-                Version(diffusers.__version__) < Version("0.37"),
-                reason="diffusers hands (B, Sk) masks to PyTorch as they are, which raises",
-            ),
-        ),
+        torch.tensor([[1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]], dtype=torch.bool),
     ],
     ids=["none", "gap"],
 )
 def test_the_process_wide_switch_serves_layers_that_were_not_switched(
     mask: torch.Tensor | None,
 ) -> None:
+    if mask is not None:
+        needs("0.37", "hands (B, Sk) masks to PyTorch as they are, which raises")
     default = attend(mask)
     with attention_backend("fa3"):
         assert _AttentionBackendRegistry.get_active_backend()[0] == "fa3"

@@ -17,6 +17,7 @@ from comparison import HEAD, LABEL_WIDTH, MARGIN, Comparison, amplification, com
 from digits_task import MODEL_DIR
 from PIL import Image
 from quickstart import Digits
+from releases import QWENIMAGE_MASKS, needs
 
 ROOT = Path(__file__).parents[1]
 TEXT_TO_IMAGE = ("text_to_image.py", "--model", str(MODEL_DIR), "--size", "32", "--steps", "4")
@@ -63,6 +64,7 @@ def assert_same_pictures(path: Path, rows: int) -> None:
 
 
 def test_quickstart_compares_a_masked_batch_and_writes_one_picture(tmp_path: Path) -> None:
+    needs(*QWENIMAGE_MASKS)
     out = tmp_path / "grid.png"
     done = run("quickstart.py", "--kernel", "reference", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,6 +84,7 @@ def test_quickstart_draws_the_prompts_it_is_given(tmp_path: Path) -> None:
 
 
 def test_text_to_image_runs_a_pipeline_from_a_folder(tmp_path: Path) -> None:
+    needs(*QWENIMAGE_MASKS)
     out = tmp_path / "grid.png"
     done = run(*TEXT_TO_IMAGE, *TWO_PROMPTS, "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr

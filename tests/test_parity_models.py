@@ -20,7 +20,7 @@ from diffusers_fa3.calls import PLANS
 
 NO_CALL = "makes no attention call that could be switched"
 VARLEN = ("packed", "seqused", "band")
-EQUAL_MASKS = ("longcat_audio_dit", "z_image_controlnet")
+EQUAL_MASKS = ("longcat_audio_dit",)
 """Models that are given two masks of the same content, of which two plans are made."""
 BY_NAME = {case.name: case for case in CASES}
 

@@ -9,7 +9,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention import varlen as torch_module
 
 from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.providers import PROVIDERS, flash_attn_4, reference, torch_varlen
@@ -436,6 +435,7 @@ class TestTorchVarlen:
             self.old.forward(q, k, v, softmax_scale=SCALE, seqused_k=torch.ones(2), **lengths)
 
     def test_the_real_functions_take_what_they_are_given(self):
+        torch_module = pytest.importorskip("torch.nn.attention.varlen")
         options = ("return_aux", "scale", "window_size", "enable_gqa", "seqused_k", "num_splits")
         given = dict.fromkeys(options)
         inspect.signature(torch_module.varlen_attn).bind(*"qkv", *range(4), **given)
@@ -444,11 +444,11 @@ class TestTorchVarlen:
         kernel = torch_varlen.load()
         assert (kernel.out, kernel.limits.seqused_k) == ("native", True)
 
-    def test_a_torch_without_a_scale_is_refused(self, monkeypatch):
+    def test_a_torch_without_a_scale_is_refused(self, install):
         def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
             raise AssertionError
 
-        monkeypatch.setattr(torch_module, "varlen_attn", varlen_attn)
+        install("torch.nn.attention.varlen", varlen_attn=varlen_attn)
         with pytest.raises(KernelUnavailableError, match=r"from torch 2\.11 on"):
             torch_varlen.load()
 

@@ -7,7 +7,7 @@ from diffusers.modular_pipelines import QwenImageAutoBlocks, QwenImageModularPip
 from zoo.case import Inputs
 
 from .case import PipelineCase
-from .qwenimage import components, inputs
+from .qwenimage import MASKED, ROUTES, components, inputs
 
 
 def empty(manager: ComponentsManager | None = None) -> QwenImageModularPipeline:
@@ -33,8 +33,8 @@ CASES = (
         name="qwenimage_modular",
         make=_pipeline,
         inputs=_inputs,
-        routes=frozenset({"packed"}),
-        masked=True,
+        routes=ROUTES,
+        masked=MASKED,
         latents=(("output", "latents"),),
         images=(("output_type", "pt"), ("output", "images")),
     ),

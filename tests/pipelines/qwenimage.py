@@ -8,11 +8,15 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from releases import QWENIMAGE_MASKS, has
 from zoo.case import Inputs, randn
 from zoo.qwenimage import CONFIG
 
 from .case import PipelineCase
 from .parts import PROMPTS, qwen, qwen_tokenizer
+
+MASKED = has(QWENIMAGE_MASKS[0])
+ROUTES = frozenset({"packed" if MASKED else "dense"})
 
 
 def _pipeline() -> QwenImagePipeline:
@@ -60,14 +64,14 @@ CASES = (
         name="qwenimage",
         make=_pipeline,
         inputs=inputs,
-        routes=frozenset({"packed"}),
-        masked=True,
+        routes=ROUTES,
+        masked=MASKED,
     ),
     PipelineCase(
         name="qwenimage_true_cfg",
         make=_pipeline,
         inputs=_guided,
-        routes=frozenset({"packed"}),
-        masked=True,
+        routes=ROUTES,
+        masked=MASKED,
     ),
 )

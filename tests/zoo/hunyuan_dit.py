@@ -31,7 +31,9 @@ def _inputs(layout: Layout, pads: float) -> Inputs:
         "text_embedding_mask_t5": mask_t5,
         "image_meta_size": torch.tensor([[1024, 1024, 1024, 1024, 0, 0]] * BATCH),
         "style": torch.zeros(BATCH, dtype=torch.long),
-        "image_rotary_emb": get_2d_rotary_pos_embed(HEAD_DIM, ((0, 0), (4, 4)), (4, 4)),
+        "image_rotary_emb": get_2d_rotary_pos_embed(
+            HEAD_DIM, ((0, 0), (4, 4)), (4, 4), output_type="pt"
+        ),
     }
 
 
@@ -63,7 +65,6 @@ CONFIG = {**SHARED, "num_layers": 4}  # fewer have no block with a skip connecti
 CASES = (
     Case(
         name="hunyuan_dit",
-        since="0.37.0",
         model=HunyuanDiT2DModel,
         config=CONFIG,
         inputs=_inputs,
@@ -71,7 +72,6 @@ CASES = (
     ),
     Case(
         name="hunyuan_dit_fused_projections",
-        since="0.37.0",
         model=HunyuanDiT2DModel,
         config=CONFIG,
         inputs=_inputs,
@@ -80,7 +80,6 @@ CASES = (
     ),
     Case(
         name="hunyuan_dit_controlnet",
-        since="0.37.0",
         model=HunyuanDiT2DControlNetModel,
         config={**SHARED, "transformer_num_layers": 6},  # makes two blocks
         inputs=_controlnet_inputs,

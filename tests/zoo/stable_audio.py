@@ -1,17 +1,14 @@
-"""Stable Audio Open and Stable Audio 3: a mask only if a caller hands one to the older model.
+"""Stable Audio Open: bool masks of the text and of the audio, only if a caller hands them.
 
-StableAudioDiTModel takes bool masks of the text and of the audio, one row per head, rebuilt in
-every layer; its pipeline passes neither. StableAudio3DiTModel replaces padded text by a learned
-embedding before the first layer, so no mask reaches attention; by default it is differential, the
-difference of two calls on their own queries and keys.
+They have one row per head and are rebuilt in every layer; its pipeline passes neither.
 """
 
 from __future__ import annotations
 
-from diffusers import StableAudio3DiTModel, StableAudioDiTModel
+from diffusers import StableAudioDiTModel
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
-from .case import ANY_MASK, BATCH, RIGHT_ONLY, TEXT, Case, Inputs, Layout, prompt, randn, timesteps
+from .case import ANY_MASK, BATCH, RIGHT_ONLY, Case, Inputs, Layout, prompt, randn, timesteps
 
 FRAMES = 12
 HEAD = 64
@@ -29,18 +26,6 @@ CONFIG = {
     "time_proj_dim": 8,
     "global_states_input_dim": WIDTH,
     "cross_attention_input_dim": WIDTH,
-}
-CONFIG_3 = {
-    "io_channels": CHANNELS,
-    "embed_dim": 2 * HEAD,
-    "depth": 1,
-    "num_heads": 2,
-    "cond_token_dim": WIDTH,
-    "global_cond_dim": WIDTH,
-    "local_add_cond_dim": 4,
-    "timestep_features_dim": 8,
-    "ff_mult": 1.0,
-    "num_memory_tokens": 4,
 }
 
 
@@ -67,15 +52,6 @@ def _padded_audio_inputs(layout: Layout, pads: float) -> Inputs:
     }
 
 
-def _inputs_3(layout: Layout, pads: float) -> Inputs:
-    return {
-        "hidden_states": randn(BATCH, CHANNELS, FRAMES),
-        "timestep": timesteps(),
-        "encoder_hidden_states": randn(BATCH, TEXT, WIDTH, seed=1),
-        "global_hidden_states": randn(BATCH, WIDTH, seed=2),
-    }
-
-
 CASES = (
     Case(
         name="stable_audio",
@@ -92,17 +68,5 @@ CASES = (
         layouts=RIGHT_ONLY,
         # Padded frames are returned too; the first third is valid in each of these layouts.
         pick=lambda returned: returned[0][..., : FRAMES // 3],
-    ),
-    Case(
-        name="stable_audio3",
-        model=StableAudio3DiTModel,
-        config=CONFIG_3,
-        inputs=_inputs_3,
-    ),
-    Case(
-        name="stable_audio3_plain",
-        model=StableAudio3DiTModel,
-        config={**CONFIG_3, "use_differential_attention": False},
-        inputs=_inputs_3,
     ),
 )

@@ -62,11 +62,14 @@ class Log:
         return any(not call.leading for call in self.calls)
 
 
-def visible(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def visible(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool = False
+) -> torch.Tensor:
     """Return the (B, H, Sq, Sk) bool mask that a bool, additive or absent mask means."""
     shape = (*q.shape[:3], k.shape[2])
     if mask is None:
-        return torch.ones(shape, dtype=torch.bool)
+        everything = torch.ones(shape, dtype=torch.bool)
+        return everything.tril() if is_causal else everything
     return (mask if mask.dtype == torch.bool else mask > -1e4).expand(shape)
 
 
@@ -115,23 +118,23 @@ def without_mask(query, key, value, attn_mask=None, *args, **kwargs):
     return SDPA(query, key, value, None, *args, **kwargs)
 
 
-def first_keys(query, key, value, attn_mask=None, *args, **kwargs):
+def first_keys(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
     """Wrong: the first n keys in place of the n visible ones, per row."""
-    count = visible(query, key, attn_mask).sum(-1, keepdim=True)
+    count = visible(query, key, attn_mask, is_causal).sum(-1, keepdim=True)
     prefix = torch.arange(key.shape[2]) < count
-    return SDPA(query, key, value, prefix, *args, **kwargs)
+    return SDPA(query, key, value, prefix, dropout_p, **kwargs)
 
 
 def key_lost_in(index: int) -> Sdpa:
     """Wrong in one call only: call number `index` misses the last key that it should see."""
     remaining = iter(range(index, -1, -1))
 
-    def sdpa(query, key, value, attn_mask=None, *args, **kwargs):
+    def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
         if next(remaining, None) != 0:
-            return SDPA(query, key, value, attn_mask, *args, **kwargs)
-        seen = visible(query, key, attn_mask)
+            return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        seen = visible(query, key, attn_mask, is_causal)
         lost = seen[0].any(dim=(0, 1)).nonzero().max()
         kept = seen & (torch.arange(key.shape[2]) != lost)
-        return SDPA(query, key, value, kept, *args, **kwargs)
+        return SDPA(query, key, value, kept, dropout_p, **kwargs)
 
     return sdpa
