@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from typing import Any
 
@@ -15,9 +16,9 @@ from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.providers import KernelChoice
 from diffusers_fa3.rebind import calls_attention, rebound
 
-READY_MADE_SIGNATURES = TorchVersion(torch.__version__) < "2.14"
+READY_MADE_SIGNATURES = TorchVersion(torch.__version__) < "2.14" and sys.version_info >= (3, 11)
 """diffusers sorts a layer's arguments by its processor's signature, in every call: a ready-made one
-saves 8 us. From torch 2.14 on, Dynamo cannot trace it."""
+saves 8 us. Dynamo cannot trace it from torch 2.14 on, nor that of torch 2.9 on Python 3.10."""
 
 
 class FA3AttnProcessor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -134,7 +135,7 @@ def main() -> None:
                 f"{attention:.2f} ms",
                 f"{plan / attention:.1%}",
             )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(", ".join(f"{name} {value}" for name, value in versions(args.device, "auto").items()))
 
 

@@ -63,7 +63,7 @@ def test_another_call_with_the_same_mask_makes_another_plan() -> None:
 def test_a_new_mask_in_the_memory_of_a_dead_one_makes_another_plan() -> None:
     cache = PlanCache()
     seen = set()
-    for length in range(1, 50):
+    for length in range(1, 500):
         mask = padding(length % 4, 2)
         seen.add(id(mask))
         plan, made = plan_for(cache, mask)
@@ -71,7 +71,7 @@ def test_a_new_mask_in_the_memory_of_a_dead_one_makes_another_plan() -> None:
         assert plan.cu_seqlens_k is not None
         assert plan.cu_seqlens_k.tolist() == [0, length % 4, length % 4 + 2]
         del mask, plan
-    assert len(seen) < 49, "no address was used twice: this saw nothing"
+    assert len(seen) < 499, "no address was used twice: this saw nothing"
 
 
 def test_a_wrong_reuse_is_found_where_one_looks() -> None:
