@@ -204,6 +204,7 @@ def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
     """What only PyTorch's attention can follow; empty where there is nothing of the kind."""
     if mask is not None and mask.is_meta:
         return "mask on the meta device, where it has no content"
+    # torch gives the function no types
     for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         # torch's own give new tensors a device. diffusers' perturbed-attention guidance sets one
         # that has PyTorch's attention return v. One that only looks on says so.

@@ -39,12 +39,11 @@ class OuterMask(Tensor):
     """A (B, 1, Sq, Sk) mask, `queries * keys`; laid out as soon as any operation asks for it.
 
     Attributes:
-        factors: queries (B or 1, 1, Sq, 1), bool or float, and keys (B or 1, 1, 1, Sk), likewise.
         whole: the mask laid out for good, where it was edited or a view of it was taken.
     """
 
-    factors: tuple[Tensor, Tensor]
     whole: Tensor | None
+    _factors: tuple[Tensor, Tensor]
     _versions: list[int]
 
     @staticmethod
@@ -53,7 +52,7 @@ class OuterMask(Tensor):
         mask: OuterMask = Tensor._make_wrapper_subclass(
             cls, shape, dtype=keys.dtype, device=keys.device
         )
-        mask.factors, mask.whole = (queries, keys), None
+        mask._factors, mask.whole = (queries, keys), None
         mask._versions = mask._versions_now()
         return mask
 
@@ -74,20 +73,26 @@ class OuterMask(Tensor):
         args, kwargs = pytree.tree_map_only(cls, cls.laid_out, (args, kwargs))
         return func(*args, **kwargs)
 
-    def laid_out(self) -> Tensor:
-        """The mask itself.
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Queries (B or 1, 1, Sq, 1), bool or float, and keys (B or 1, 1, 1, Sk), likewise.
 
         Raises:
-            MaskError: a factor was edited since, of which the product would have known nothing.
+            MaskError: one was edited since, of which the product would have known nothing.
         """
-        if self.whole is not None:
-            return self.whole
         if self._versions != self._versions_now():
             raise MaskError("a mask was edited in place after it was multiplied; edit a copy of it")
-        return self.factors[0] * self.factors[1]
+        return self._factors
+
+    def laid_out(self) -> Tensor:
+        """The mask itself."""
+        if self.whole is not None:
+            return self.whole
+        queries, keys = self.factors
+        return queries * keys
 
     def _versions_now(self) -> list[int]:
-        return [0 if factor.is_inference() else factor._version for factor in self.factors]
+        return [0 if factor.is_inference() else factor._version for factor in self._factors]
 
 
 class SpreadMask(Tensor):

@@ -142,17 +142,17 @@ def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opa
         return runs
     groups = _groups(seen, runs)
     # Scatter is known by what is not guessed.
-    if _copies_too_much(seen, [same[0] for same in groups.values() if not same[0].causal]):
-        return Opaque("mask that depends on the query: packing would copy too many keys")
+    settled = [same[0] for same in groups.values() if not same[0].causal]
+    if refusal := _too_much(seen, settled):
+        return refusal
 
     causal = [(row, run) for (_, row, _), (run, *_) in groups.items() if run.causal]
     wrong = {run for row, run in causal if not _grows_at_the_end(seen[run.sample], run, row)}
     if wrong:
-        groups = _groups(
-            seen, [x for run in runs for x in (run.apart() if run in wrong else [run])]
-        )
-    if _copies_too_much(seen, [same[0] for same in groups.values()]):
-        return Opaque("mask that depends on the query: packing would copy too many keys")
+        parts = [run.apart() if run in wrong else [run] for run in runs]
+        groups = _groups(seen, [part for run in parts for part in run])
+    if refusal := _too_much(seen, [same[0] for same in groups.values()]):
+        return refusal
     sequences = [
         Sequence(
             sample,
@@ -165,10 +165,18 @@ def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opa
     return Sequences(tuple(sequences), len(seen))
 
 
-def _copies_too_much(seen: Tensor, one_of_each: list[_Run]) -> bool:
+def _too_much(seen: Tensor, one_of_each: list[_Run]) -> Opaque | None:
     samples, q_len, k_len = seen.shape
+    if len(one_of_each) > MOST_GROUPS:
+        return _too_many(len(one_of_each))
     copies = max(COPIES, q_len // QUERIES_PER_COPY)
-    return sum(run.keys for run in one_of_each) > copies * samples * k_len
+    if sum(run.keys for run in one_of_each) > copies * samples * k_len:
+        return Opaque("mask that depends on the query: packing would copy too many keys")
+    return None
+
+
+def _too_many(groups: int) -> Opaque:
+    return Opaque(f"mask that depends on the query, in {groups} groups of rows")
 
 
 def _groups(seen: Tensor, runs: list[_Run]) -> _Groups:
@@ -197,16 +205,15 @@ def _runs(changes: Tensor, counts: Tensor) -> list[_Run] | Opaque:
     starts = changed & ~grows
     found = int((starts & (counts > 0)).sum())
     if found > MOST_GROUPS:
-        return Opaque(f"mask that depends on the query, in {found} groups of rows")
+        return _too_many(found)
 
     runs: list[_Run] = []
-    for sample, count in enumerate(counts):
+    for sample, (count, grown) in enumerate(zip(counts.tolist(), grows.tolist())):
         edges = [*starts[sample].nonzero().flatten().tolist(), len(count)]
         for start, end in pairwise(edges):
-            keys = int(count[end - 1])
-            causal = end > start + 1 and bool(grows[sample, start + 1])
-            if keys:
-                runs.append(_Run(sample, start, end, keys, causal))
+            causal = end > start + 1 and grown[start + 1]
+            if count[end - 1]:
+                runs.append(_Run(sample, start, end, count[end - 1], causal))
     return runs
 
 

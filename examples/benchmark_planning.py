@@ -136,7 +136,8 @@ def main() -> None:
                 f"{plan / attention:.1%}",
             )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(", ".join(f"{name} {value}" for name, value in versions(args.device, "auto").items()))
+    about = versions(args.device, "auto")
+    print(", ".join(f"{name} {value}" for name, value in about.items() if value))
 
 
 if __name__ == "__main__":

@@ -187,5 +187,6 @@ def test_a_factor_that_is_edited_is_refused() -> None:
     valid = VALID.clone()
     mask = chroma(valid.as_subclass(SpreadMask))
     valid[0, 2] = True
-    with pytest.raises(MaskError, match="edited in place after it was multiplied"):
-        mask.clone()
+    for use in (mask.clone, lambda: plan_packing(mask, batch=B, q_len=S, k_len=S)):
+        with pytest.raises(MaskError, match="edited in place after it was multiplied"):
+            use()
