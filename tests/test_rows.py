@@ -177,3 +177,13 @@ def test_rows_guessed_to_be_causal_join_those_that_see_alike() -> None:
     meaning = read(mask[None, None])
     assert isinstance(meaning, Sequences)
     assert [len(s.queries) for s in meaning.sequences] == [32, 32]
+
+
+def test_the_limit_of_groups_holds_for_rows_that_were_taken_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    for row, keys in enumerate(([0], [1, 2], [3, 4, 5])):  # counts rise by one, as in a causal run
+        mask[row, keys] = True
+    monkeypatch.setattr(rows, "MOST_GROUPS", 2)
+    assert read(mask[None, None]) == Opaque("mask that depends on the query, in 3 groups of rows")
