@@ -137,7 +137,7 @@ _Groups = dict[tuple[int, bytes, int], list[_Run]]
 
 
 def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opaque:
-    runs = _runs(changes, counts)
+    runs = _runs(changes, counts, _most_keys(seen))
     if isinstance(runs, Opaque):
         return runs
     groups = _groups(seen, runs)
@@ -166,16 +166,23 @@ def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opa
 
 
 def _too_much(seen: Tensor, one_of_each: list[_Run]) -> Opaque | None:
-    samples, q_len, k_len = seen.shape
     if len(one_of_each) > MOST_GROUPS:
-        return _too_many(len(one_of_each))
-    copies = max(COPIES, q_len // QUERIES_PER_COPY)
-    if sum(run.keys for run in one_of_each) > copies * samples * k_len:
-        return Opaque("mask that depends on the query: packing would copy too many keys")
+        return _too_many_groups(len(one_of_each))
+    if sum(run.keys for run in one_of_each) > _most_keys(seen):
+        return _TOO_MANY_KEYS
     return None
 
 
-def _too_many(groups: int) -> Opaque:
+def _most_keys(seen: Tensor) -> int:
+    """How many keys all groups together may see."""
+    samples, q_len, k_len = seen.shape
+    return max(COPIES, q_len // QUERIES_PER_COPY) * samples * k_len
+
+
+_TOO_MANY_KEYS = Opaque("mask that depends on the query: packing would copy too many keys")
+
+
+def _too_many_groups(groups: int) -> Opaque:
     return Opaque(f"mask that depends on the query, in {groups} groups of rows")
 
 
@@ -192,7 +199,7 @@ def _positions(row: bytes) -> Tensor:
     return torch.frombuffer(bytearray(row), dtype=torch.bool).nonzero().flatten()
 
 
-def _runs(changes: Tensor, counts: Tensor) -> list[_Run] | Opaque:
+def _runs(changes: Tensor, counts: Tensor, most_keys: int) -> list[_Run] | Opaque:
     """Runs of equal rows; and neighbours of one row each, whose counts rise by one, as one run.
 
     That such a run is causal is a guess. Rows that see nothing are in none: what q holds there must
@@ -205,7 +212,12 @@ def _runs(changes: Tensor, counts: Tensor) -> list[_Run] | Opaque:
     starts = changed & ~grows
     found = int((starts & (counts > 0)).sum())
     if found > MOST_GROUPS:
-        return _too_many(found)
+        return _too_many_groups(found)
+    # Rows that see more keys than others are of another group: scatter goes no further.
+    settled = starts & ~F.pad(grows[:, 1:], (0, 1), value=False)
+    unlike = [count[row].unique() for count, row in zip(counts, settled)]
+    if sum(int(count.sum()) for count in unlike) > most_keys:
+        return _TOO_MANY_KEYS
 
     runs: list[_Run] = []
     for sample, (count, grown) in enumerate(zip(counts.tolist(), grows.tolist())):
