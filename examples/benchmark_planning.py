@@ -3,9 +3,10 @@
     python examples/benchmark_planning.py
     python examples/benchmark_planning.py --device cuda --dtype bfloat16 --heads 24 --head-dim 128
 
-Reading and PyTorch's attention take turns in one run; medians. What a mask says is in its name, how
-it is written in the column beside it. `scatter` is what no variable-length kernel can take: how
-long it takes to find that out.
+Reading and PyTorch's attention take turns in one run, and with `--flux-layers 57` a forward of a
+Flux transformer of so many layers (random weights), switched; medians. What a mask says is in its
+name, how it is written in the column beside it. `scatter` is what no variable-length kernel can
+take: how long it takes to find that out.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 from benchmark import Method, times_of, versions
+from diffusers import FluxTransformer2DModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_fa3 import MaskError, plan_packing
+from diffusers_fa3 import MaskError, enable_fa3, plan_packing
+
+Forward = Callable[[Tensor], Tensor]
 
 
 def padding(length: int) -> Tensor:
@@ -90,14 +94,55 @@ def route(mask: Tensor) -> str:
         return "none"
 
 
-def measure(mask: Tensor, x: Tensor, args: argparse.Namespace) -> tuple[float, float]:
-    """Milliseconds for the reading of a mask, and for attention of `x`, (1, H, S, D), with it."""
+def flux(layers: int, args: argparse.Namespace) -> FluxTransformer2DModel:
+    """A switched Flux transformer; a third of its layers have two streams, as in the original."""
+    rotated = (args.head_dim // 8, args.head_dim * 7 // 16, args.head_dim * 7 // 16)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    with torch.device(args.device):
+        model = FluxTransformer2DModel(
+            num_layers=layers // 3,
+            num_single_layers=layers - layers // 3,
+            num_attention_heads=args.heads,
+            attention_head_dim=args.head_dim,
+            axes_dims_rope=rotated,
+        )
+    torch.set_default_dtype(torch.float32)
+    enable_fa3(model, fallback="silent")
+    return model.eval()
+
+
+def forward_of(model: FluxTransformer2DModel, length: int) -> Forward:
+    """One forward, half text and half image, with a mask that is new to it."""
+    like = {"device": model.device, "dtype": model.dtype}
+    text, image = length // 2, length - length // 2
+    inputs = {
+        "hidden_states": torch.randn(1, image, model.config.in_channels, **like),
+        "encoder_hidden_states": torch.randn(1, text, model.config.joint_attention_dim, **like),
+        "pooled_projections": torch.randn(1, model.config.pooled_projection_dim, **like),
+        "timestep": torch.tensor([0.5], **like),
+        "img_ids": torch.zeros(image, 3, **like),
+        "txt_ids": torch.zeros(text, 3, **like),
+    }
+
+    @torch.no_grad()
+    def forward(mask: Tensor) -> Tensor:
+        return model(**inputs, joint_attention_kwargs={"attention_mask": mask.clone()}).sample
+
+    return forward
+
+
+def measure(
+    mask: Tensor, x: Tensor, forward: Forward | None, args: argparse.Namespace
+) -> dict[str, float]:
+    """Milliseconds for the reading of a mask, attention of `x`, (1, H, S, D), and a forward."""
     runs = {
         "plan": Method(route),
         "attention": Method(lambda mask: F.scaled_dot_product_attention(x, x, x, mask)),
     }
+    if forward is not None:
+        runs["forward"] = Method(forward)
     times = times_of(runs, [mask], args.rounds, args.device, calls=1)
-    return statistics.median(times["plan"]), statistics.median(times["attention"])
+    return {name: statistics.median(of_run) for name, of_run in times.items()}
 
 
 def parse_args() -> argparse.Namespace:
@@ -109,6 +154,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--flux-layers", type=int, help="time a forward of so many, too")
     parser.add_argument("--threads", type=int, help="as many as PyTorch takes by itself")
     parser.add_argument("--rounds", type=int, default=11)
     return parser.parse_args()
@@ -120,20 +166,27 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    table = Table("mask", "written as", "length", "route", "plan", "attention", "share")
+    model = flux(args.flux_layers, args) if args.flux_layers else None
+    against = ("attention", "forward") if model else ("attention",)
+    head = itertools.chain.from_iterable((name, "share") for name in against)
+    table = Table("mask", "written as", "length", "route", "plan", *head)
     for length, make in itertools.product(args.lengths, MASKS):
         shape = (1, args.heads, length, args.head_dim)
+        forward = forward_of(model, length) if model else None
         for form, laid_out in forms(make(length)[None, None], dtype):
             mask = laid_out.to(args.device)
-            plan, attention = measure(mask, torch.randn(shape, dtype=dtype).to(args.device), args)
+            x = torch.randn(shape, dtype=dtype).to(args.device)
+            times = measure(mask, x, forward, args)
+            cells = [
+                (f"{times[name]:.2f} ms", f"{times['plan'] / times[name]:.1%}") for name in against
+            ]
             table.add_row(
                 make.__name__,
                 form,
                 str(length),
                 route(mask),
-                f"{plan:.2f} ms",
-                f"{attention:.2f} ms",
-                f"{plan / attention:.1%}",
+                f"{times['plan']:.2f} ms",
+                *itertools.chain.from_iterable(cells),
             )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     about = versions(args.device, "auto")

@@ -25,12 +25,14 @@ def test_masks_are_what_they_are_called() -> None:
             assert route(mask) == ROUTES[make.__name__], (make, form)
 
 
+@pytest.mark.parametrize("flux", [[], ["--flux-layers", "3", "--heads", "2", "--head-dim", "32"]])
 def test_a_row_for_every_mask(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flux: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--device", "cpu", "--lengths", "32", "48", "--rounds", "1"]
+    options = ["--device", "cpu", "--lengths", "32", "48", "--rounds", "1", *flux]
     monkeypatch.setattr(sys, "argv", ["benchmark_planning.py", *options])
     main()
     printed = capsys.readouterr().out
     assert all(printed.count(f" {make.__name__} ") == 4 for make in MASKS)
+    assert (" forward " in printed) == bool(flux)
     assert f"torch {torch.__version__}" in printed

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from diffusers_fa3.errors import KernelUnavailableError
-from diffusers_fa3.providers import PROVIDERS, flash_attn_4, reference, torch_varlen
+from diffusers_fa3.providers import (
+    PROVIDERS,
+    flash_attn_4,
+    kernel_named,
+    reference,
+    torch_varlen,
+)
 from diffusers_fa3.providers.torch_varlen import Varlen
 from tests.schemas import OPS
 from tests.test_provider_functions import current
@@ -451,6 +457,12 @@ class TestTorchVarlen:
         install("torch.nn.attention.varlen", varlen_attn=varlen_attn)
         with pytest.raises(KernelUnavailableError, match=r"from torch 2\.11 on"):
             torch_varlen.load()
+
+    def test_a_torch_that_lacks_it_says_which_one_has_it(self):
+        if importlib.util.find_spec("torch.nn.attention.varlen"):
+            pytest.skip("this torch has it")
+        with pytest.raises(KernelUnavailableError, match=r"not installed \(pip .*torch>=2\.12"):
+            kernel_named("torch_varlen")
 
 
 def test_every_loader_fails_with_an_import_error_where_its_package_is_missing():

@@ -205,7 +205,7 @@ class Provider:
     install: str
     """What to type to get it."""
     modules: tuple[str, ...] = field(default=())
-    """Modules that must be found before `load` is tried; none for what torch brings itself."""
+    """Modules that must be found before `load` is tried; none for what needs no other package."""
     on_request: str = ""
     """Why "auto" never takes it, and nothing loads it unasked; empty where it may."""
     cuda: bool = True

@@ -110,4 +110,9 @@ def load() -> Kernel:
     )
 
 
-TORCH_VARLEN = Provider("torch_varlen", load, install="pip install 'torch>=2.12'")
+TORCH_VARLEN = Provider(
+    "torch_varlen",
+    load,
+    modules=("torch.nn.attention.varlen",),
+    install="pip install 'torch>=2.12'",
+)
