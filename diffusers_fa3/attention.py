@@ -64,6 +64,7 @@ def attend(
     causal: bool,
     kernel: KernelChoice,
     axes_2d: Axes2D = "bk",
+    pack_queries: bool = False,
     find_plan: FindPlan | None = None,
     owner: int = 0,
     out: Tensor | None = None,
@@ -91,7 +92,7 @@ def attend(
 
     # What does the mask mean, and which plan follows?
     sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    plan = _plan(mask, sizes, axes_2d, chosen.seqused_k, find_plan)
+    plan = _plan(mask, sizes, axes_2d, chosen.seqused_k, pack_queries, find_plan)
     if isinstance(plan, Opaque):
         return _declined(plan.reason, MaskError)
 
@@ -229,6 +230,7 @@ def _plan(
     sizes: tuple[int, int, int, int],
     axes_2d: Axes2D,
     seqused: bool,
+    pack_queries: bool,
     find_plan: FindPlan | None,
 ) -> Plan:
     if isinstance(mask, PackingPlan):
@@ -237,12 +239,15 @@ def _plan(
     if in_graph and not seqused:
         return Opaque("mask in a graph, on a kernel without seqused_k")
 
+    pack_queries = pack_queries and sizes[2] == sizes[3]
+    options = {"seqused": seqused, "static": in_graph, "pack_queries": pack_queries}
+
     def make() -> Plan:
-        return try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused, static=in_graph)
+        return try_plan(mask, sizes, axes_2d=axes_2d, **options)
 
     if mask is None or find_plan is None or in_graph:
         return make()
-    return find_plan(mask, (sizes, axes_2d, seqused), make)
+    return find_plan(mask, (sizes, axes_2d, seqused, pack_queries), make)
 
 
 def _is_recorded(mask: Tensor) -> bool:

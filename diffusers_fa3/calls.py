@@ -71,6 +71,8 @@ class Layer:
     name: str = ""
     attends: bool = True
     """Whether the processor has an attention call; one with linear attention has none."""
+    pack_queries: bool = False
+    """Whether padded tokens are left out as queries, too."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By kernel and route."""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -150,6 +152,7 @@ class Frame:
                 causal=causal,
                 kernel=layer.settings.kernel,
                 axes_2d=axes_2d,
+                pack_queries=layer.pack_queries,
                 find_plan=self._find_plan,
                 owner=layer.settings.owner,
             )

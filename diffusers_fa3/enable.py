@@ -11,6 +11,7 @@ from torch import nn
 from diffusers_fa3.calls import Fallback, Settings
 from diffusers_fa3.errors import InputError, UnsupportedModelError
 from diffusers_fa3.outer import lay_out_masks_of, spread_masks_of
+from diffusers_fa3.pads import layers_that_pack_queries
 from diffusers_fa3.processor import is_request, layer_of, unwrap, wrap
 from diffusers_fa3.providers import KernelChoice, check_choice
 from diffusers_fa3.report import Coverage, compiled_row, row_of
@@ -30,6 +31,7 @@ def enable_fa3(
     kernel: KernelChoice = "auto",
     fallback: Fallback = "warn",
     layers: LayerFilter | None = None,
+    pack_queries: bool = False,
 ) -> Coverage:
     """Put the attention layers of one model, or of a pipeline's denoisers, on a varlen kernel.
 
@@ -51,12 +53,17 @@ def enable_fa3(
             told: "warn" once for each processor class and reason, "error" raises instead, "silent".
         layers: which of the layers: a regular expression, searched in their names as `coverage`
             shows them; or a function of a layer's name and module. None: all.
+        pack_queries: leave padded tokens out as queries too, not as keys alone, where the model
+            never reads what attention gives for them: its output stays the same, what lies at
+            padded tokens within does not. Only for the models listed in `diffusers_fa3.pads`;
+            other layers of theirs, and compiled graphs, pack keys as ever.
 
     Returns:
         What `coverage` says now.
 
     Raises:
-        UnsupportedModelError: there is no attention layer, or none that `layers` selects.
+        UnsupportedModelError: there is no attention layer, or none that `layers` selects; or
+            `pack_queries` for a model that is not known to leave padded tokens unread.
         KernelUnavailableError: `kernel` is not a known name, or is not installed.
         InputError: an unknown `fallback`.
         Nothing is switched in any of these cases.
@@ -72,8 +79,10 @@ def enable_fa3(
             f"layers={layers!r} selects none of the {len(found)} attention layers: "
             f"{', '.join(list(found)[:3])}, ..."
         )
+    packing = _layers_that_pack_queries(pipe_or_model) if pack_queries else frozenset()
     wrapped = [
-        (layer, wrap(unwrap(layer.processor), settings, name)) for name, layer in selected.items()
+        (layer, wrap(unwrap(layer.processor), settings, name, name in packing))
+        for name, layer in selected.items()
     ]
     for layer, processor in wrapped:
         layer.processor = processor
@@ -133,6 +142,14 @@ def _layers(pipe_or_model: Any) -> Iterator[tuple[str, Any]]:
             "has a processor. Pass a diffusers model, or a pipeline with a transformer or unet"
         )
     yield from found
+
+
+def _layers_that_pack_queries(pipe_or_model: Any) -> frozenset[str]:
+    return frozenset(
+        f"{prefix}{name}"
+        for prefix, model in models_of(pipe_or_model)
+        for name in layers_that_pack_queries(model)
+    )
 
 
 def mark_switched(layer: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_fa3.errors import MaskError
+from diffusers_fa3.errors import InputError, MaskError
 from diffusers_fa3.masks import Axes2D, keys_by_structure, read_mask
 from diffusers_fa3.meaning import AllValid, Band, Opaque, Sequence, Sequences, Valid
 
@@ -119,6 +119,7 @@ def plan_packing(
     axes_2d: Axes2D = "bk",
     seqused: bool = True,
     static: bool = False,
+    pack_queries: bool = False,
 ) -> PackingPlan:
     """The plan for one mask: reads it once, and builds everything a kernel must be told.
 
@@ -137,14 +138,24 @@ def plan_packing(
         seqused: whether route seqused may be taken; a few kernels lack it.
         static: read nothing from the mask, which must then be bool or int, one row per sample. In
             a CUDA graph the plan is made again by every replay, from what the mask holds then.
+        pack_queries: in self attention, where tokens are padding as keys, leave them out as
+            queries, too: their rows of the output are 0 instead of what the default computes
+            there. For those who know that nothing reads these rows. Not on route static.
 
     Raises:
         MaskError: the mask does not broadcast to (B, H, Sq, Sk), its values have no meaning, or
             packing cannot express it: it depends on the head, or on the query without a pattern, or
             is a bias; or, with `static`, might be such a one.
+        InputError: `pack_queries` with more or fewer queries than keys.
     """
+    if pack_queries and q_len != k_len:
+        raise InputError(
+            "pack_queries is for self attention, where tokens are queries and keys; got q_len "
+            f"{q_len}, k_len {k_len}"
+        )
     sizes = (batch, heads, q_len, k_len)
-    plan = try_plan(mask, sizes, axes_2d=axes_2d, seqused=seqused, static=static)
+    options = {"seqused": seqused, "static": static, "pack_queries": pack_queries}
+    plan = try_plan(mask, sizes, axes_2d=axes_2d, **options)
     if isinstance(plan, Opaque):
         raise MaskError(
             f"{plan.reason}; packing takes groups of queries that see the same keys, or bands. "
@@ -160,6 +171,7 @@ def try_plan(
     axes_2d: Axes2D,
     seqused: bool,
     static: bool = False,
+    pack_queries: bool = False,
 ) -> PackingPlan | Opaque:
     """`plan_packing` for those who know what to do with a mask that packing cannot express."""
     batch, heads, q_len, k_len = sizes
@@ -179,6 +191,8 @@ def try_plan(
     if isinstance(meaning, Sequences):
         assert mask is not None
         return _plan_sequences(meaning, batch, q_len, k_len, mask.device)
+    if pack_queries and meaning.queries is None:
+        meaning = replace(meaning, queries=meaning.keys, q_lens=meaning.k_lens)
     return _plan_valid(meaning, batch, q_len, k_len, seqused)
 
 

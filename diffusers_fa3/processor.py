@@ -75,14 +75,16 @@ class FA3AttnProcessor:
         layer = self._fa3
         if layer.processor is None:
             return _request, (layer.settings,)
-        return wrap, (layer.processor, layer.settings, layer.name)
+        return wrap, (layer.processor, layer.settings, layer.name, layer.pack_queries)
 
     def __repr__(self) -> str:
         wrapped = self._fa3.processor
         return f"FA3AttnProcessor({'' if wrapped is None else type(wrapped).__name__})"
 
 
-def wrap(processor: Any, settings: Settings, name: str = "") -> FA3AttnProcessor:
+def wrap(
+    processor: Any, settings: Settings, name: str = "", pack_queries: bool = False
+) -> FA3AttnProcessor:
     """`processor` on the kernel; itself it stays as it is.
 
     Raises:
@@ -97,7 +99,8 @@ def wrap(processor: Any, settings: Settings, name: str = "") -> FA3AttnProcessor
         )
     wrapped: FA3AttnProcessor = object.__new__(_wrapped_class(cls))
     object.__setattr__(wrapped, "__dict__", processor.__dict__)
-    object.__setattr__(wrapped, "_fa3", Layer(processor, settings, name, calls_attention(cls)))
+    layer = Layer(processor, settings, name, calls_attention(cls), pack_queries)
+    object.__setattr__(wrapped, "_fa3", layer)
     return wrapped
 
 

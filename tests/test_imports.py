@@ -16,6 +16,7 @@ ORDER = (
     "dispatcher",
     "enable",
     "report",
+    "pads",
     "processor",
     "rebind",
     "calls",
