@@ -106,7 +106,7 @@ class PackingPlan:
         if self.indices_q is None:
             return rows
         padded = rows.new_full((self.batch * self.q_len, *rows.shape[1:]), fill)
-        return padded.index_copy(0, self.indices_q, rows)
+        return padded.index_copy_(0, self.indices_q, rows)
 
 
 def plan_packing(

@@ -19,8 +19,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from benchmark import times_of, versions
-from benchmark_report import Lines, markdown_of, table_of
 from diffusers import (
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
@@ -32,12 +30,15 @@ from diffusers import (
 )
 from rich.console import Console
 from rich.progress import track
-from rivals import Method, host_syncs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 from diffusers_fa3 import available_kernels, coverage, disable_fa3, enable_fa3
+from diffusers_fa3.bench.methods import Method, host_syncs
+from diffusers_fa3.bench.report import Lines, markdown_of, table_of
+from diffusers_fa3.bench.run import versions
+from diffusers_fa3.bench.timing import times_of
 from diffusers_fa3.outer import lay_out_masks_of, spread_masks_of
 
 Config = dict[str, Any]

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from benchmark import Method, times_of, versions
 from diffusers import FluxTransformer2DModel
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_fa3 import MaskError, enable_fa3, plan_packing
+from diffusers_fa3.bench.methods import Method
+from diffusers_fa3.bench.run import versions
+from diffusers_fa3.bench.timing import times_of
 
 Forward = Callable[[Tensor], Tensor]
 

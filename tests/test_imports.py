@@ -13,6 +13,8 @@ import diffusers_fa3
 
 PACKAGE = Path(diffusers_fa3.__file__).parent
 ORDER = (
+    "cli",
+    "bench",
     "dispatcher",
     "enable",
     "report",
@@ -52,7 +54,7 @@ def imported(path: Path) -> set[str]:
 
 def test_the_order_names_every_file() -> None:
     files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert files | {"providers"} == set(ORDER)
+    assert files | {"bench", "providers"} == set(ORDER)
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -12,18 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, Case
-from benchmark import WRONG_FROM, error_of
-from benchmark_report import METHODS
 from PIL import Image
 from releases import needs
-from rivals import Method, backend_in, host_syncs
 from torch.nn import functional
 
-ROOT = Path(__file__).parents[1]
+from diffusers_fa3 import cli
+from diffusers_fa3.bench.cases import CASES, SHARES, Case, cases_of
+from diffusers_fa3.bench.measure import WRONG_FROM, error_of, rows_to_compare
+from diffusers_fa3.bench.methods import Method, backend_in, host_syncs
+from diffusers_fa3.bench.plot import panels
+from diffusers_fa3.bench.report import METHODS, Row, Timing
+from diffusers_fa3.errors import InputError
+
 NAMES = [case.name for case in CASES]
 GAPS = {case.name for case in CASES if case.gap}
 PATTERNS = {case.name for case in CASES if case.pattern}
+BY_NAME = {case.name: case for case in CASES}
 MASKED = {case.name for case in CASES if case.shares[-1] is not None}
 
 
@@ -31,11 +35,12 @@ MASKED = {case.name for case in CASES if case.shares[-1] is not None}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where one small run of all cases has put what it writes."""
     needs("0.37", "expects two results of FlashAttention-3, which gives one")
-    folder = tmp_path_factory.mktemp("benchmark")
+    folder = tmp_path_factory.mktemp("bench")
     files = ("--json", str(folder / "all.json"), "--plot", str(folder / "all.png"))
     options = ("--small", "--rounds", "2", "--kernel", "reference", "--device", "cpu")
+    command = Path(sys.executable).with_name("diffusers-fa3")
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "benchmark.py", *options, *files, "--cases", *NAMES],
+        [command, "bench", *options, *files, "--model", "all"],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -52,8 +57,10 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def timings(report: dict[str, Any], method: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return each row with its timing of one method."""
-    return [(row, row["methods"][method]) for row in report["rows"]]
+    """Return each row that has this method with its timing."""
+    rows = [(row, row["methods"][method]) for row in report["rows"] if method in row["methods"]]
+    assert rows
+    return rows
 
 
 def test_every_case_share_and_dtype_has_a_row(report: dict[str, Any]) -> None:
@@ -69,7 +76,9 @@ def test_every_case_share_and_dtype_has_a_row(report: dict[str, Any]) -> None:
 
 def test_every_method_is_timed_or_refuses_in_words(report: dict[str, Any]) -> None:
     for row in report["rows"]:
-        assert tuple(row["methods"]) == METHODS
+        queries_too = row["share"] is not None and BY_NAME[row["case"]].pads_are_queries
+        named = [name for name in METHODS if name != "ours+q" or queries_too]
+        assert list(row["methods"]) == named
         assert row["input_sets"] >= 2
         for timing in row["methods"].values():
             if timing["refused"]:
@@ -78,9 +87,10 @@ def test_every_method_is_timed_or_refuses_in_words(report: dict[str, Any]) -> No
             else:
                 assert len(timing["times_ms"]) == 2
                 assert timing["tflops"] > 0
+                assert timing["peak_mb"] > 0
 
 
-@pytest.mark.parametrize("method", ["default", "ours", "ours+plan", "bare"])
+@pytest.mark.parametrize("method", ["default", "ours", "ours+q", "ours+plan", "bare"])
 def test_these_methods_take_every_call_and_give_one_result(
     report: dict[str, Any], method: str
 ) -> None:
@@ -116,8 +126,8 @@ def test_routes_and_backends_are_named(report: dict[str, Any]) -> None:
     }
     assert set(routes) == MASKED
     by_route = {route: {n for n in routes if routes[n] == route} for route in routes.values()}
-    assert by_route["seqused"] == {"lumina2", "hunyuan15"}
-    assert by_route["band"] == {"acestep-window"}
+    assert by_route["seqused"] == {"lumina2", "hunyuanvideo15", "scale"}
+    assert by_route["band"] == {"acestep"}
     assert set(by_route) == {"seqused", "band", "packed"}
     assert {row["backend"] for row in report["rows"]} <= {"flash_for_cpu", "math"}
     assert report["versions"]["kernel"] == "reference"
@@ -128,15 +138,24 @@ def test_the_work_is_what_the_mask_leaves(report: dict[str, Any]) -> None:
     for row in report["rows"]:
         padded = row["share"] not in (None, 1.0)
         assert (row["ideal"] > 1) == (padded or row["case"] in PATTERNS)
+        packs_more = padded and BY_NAME[row["case"]].pads_are_queries
+        assert (row["ideal_q"] > row["ideal"]) == packs_more
 
 
 def test_the_run_prints_tables_and_draws_a_panel_for_each_sweep(folder: Path) -> None:
     printed = (folder / "stdout").read_text()
-    for words in (*NAMES, "wrong", "cudnn refuses", "of ideal", "us more per call"):
+    for words in (
+        "padding",
+        "wrong",
+        "cudnn refuses",
+        "of ideal",
+        "peak memory",
+        "us more per call",
+    ):
         assert words in printed
     with Image.open(folder / "all.png") as picture:
         width, height = picture.size
-    assert width > 4 * height  # padding and qwenimage, in two dtypes each
+    assert width > 2 * height  # padding, qwenimage and scale, in two dtypes each
 
 
 @pytest.mark.parametrize(
@@ -182,12 +201,116 @@ def test_an_error_is_seen_where_rows_see_a_key_and_nowhere_else() -> None:
     q = torch.randn(1, 8, 2, 16)
     valid = torch.arange(8) < 6
     mask = valid[None, None, :, None] & valid[None, None, None, :]
+    rows = rows_to_compare(mask, padded=True)
     right = functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, attn_mask=mask)
     right = right.transpose(1, 2)
     wrong = right.clone()
     wrong[:, 6:] += 1
-    assert error_of(wrong, right, mask) == 0
+    assert error_of(wrong, right, rows) == 0
     wrong[:, :6] *= 1.1
-    assert error_of(wrong, right, mask) == pytest.approx(0.1, rel=1e-3)
+    assert error_of(wrong, right, rows) == pytest.approx(0.1, rel=1e-3)
     assert WRONG_FROM < 0.1
-    assert not error_of(right * torch.nan, right, mask) <= WRONG_FROM
+    assert not error_of(right * torch.nan, right, rows) <= WRONG_FROM
+
+
+def test_rows_of_padding_are_compared_but_where_they_are_left_out() -> None:
+    mask = (torch.arange(8) < 6)[None, None, None]
+    right = torch.ones(1, 8, 2, 16)
+    left_out = right * (torch.arange(8) < 6)[None, :, None, None]
+    assert error_of(left_out, right, rows_to_compare(mask, padded=False)) == 0
+    assert error_of(left_out, right, rows_to_compare(mask, padded=True)) > WRONG_FROM
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def asked(*options: str) -> list[Case]:
+    """The calls that the options ask for, on a CPU."""
+    return cli._cases(cli._parser().parse_args(["bench", "--device", "cpu", *options]))
+
+
+def test_a_model_is_known_by_its_name_and_by_its_class() -> None:
+    assert asked("--model", "QwenImage") == [BY_NAME["qwenimage"]]
+    assert asked("--model", "QwenImageTransformer2DModel") == [BY_NAME["qwenimage"]]
+    assert [c.name for c in asked("--model", "sdxl", "wan")] == ["sdxl-self", "sdxl-cross", "wan"]
+    assert asked("--model", "all") == list(CASES)
+
+
+def test_a_class_of_diffusers_brings_its_heads() -> None:
+    (case,) = cases_of("CogVideoX")
+    assert (case.heads, case.head_dim, case.text, case.image) == (30, 64, 512, 4096)
+    (other,) = cases_of("Flux2")
+    assert other.heads != BY_NAME["flux"].heads
+    with pytest.raises(InputError, match=r"model is one of padding, flux.*got NoSuchModel"):
+        cases_of("NoSuchModel")
+    with pytest.raises(InputError, match="got UNet2DConditionModel"):
+        cases_of("UNet2DConditionModel")
+
+
+def test_options_change_a_call_or_make_one() -> None:
+    (case,) = asked("--model", "qwenimage", "--batch", "4", "--valid", "none,0.1,1")
+    assert (case.batch, case.heads, case.shares) == (4, 24, (None, 0.1, 1.0))
+    (case,) = asked("--heads", "8", "--kv-heads", "2", "--head-dim", "64", "--padding", "outer")
+    assert (case.heads, case.kv_heads, case.head_dim, case.outer, case.gap) == (
+        8,
+        2,
+        64,
+        True,
+        False,
+    )
+    assert case.shares == SHARES
+    lengths = asked("--model", "padding", "--lengths", "96,300")
+    assert [(c.text, c.image) for c in lengths] == [(32, 64), (100, 200)]
+    assert asked() == [BY_NAME["padding"]]
+
+
+def status(*argv: str) -> object:
+    try:
+        return cli.main(argv)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--valid", "0.5,2"], "none, or a share above 0 and up to 1; got 2"),
+        (["--valid", "half"], "none, or a share above 0 and up to 1; got half"),
+        (["--lengths", "0"], "a number above 0; got 0"),
+        (["--dtype", "int8"], "one of fp32"),
+        (["--model", "NoSuchModel"], "got NoSuchModel"),
+        (["--model", "flux", "--plot", "x.png"], "give several --valid or several --lengths"),
+    ],
+)
+def test_bad_options_are_refused_in_words(
+    options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("bench", *options) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("diffusers_fa3.bench")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert status("bench", "--small") == 2
+    assert "pip install 'diffusers-fa3[bench]'" in capsys.readouterr().err
+
+
+def row(tokens: int, share: float | None) -> Row:
+    times = {name: Timing(ms=float(tokens)) for name in METHODS}
+    return Row("x", "float32", tokens, share, "packed", "", "", 2.0, 4.0, 0.1, 1, 1, 2, times)
+
+
+def test_every_sweep_is_a_panel() -> None:
+    shares = [row(64, share) for share in (None, 0.5, 1.0)]
+    (panel,) = panels(shares)
+    assert [panel.where(r) for r in panel.rows] == [50, 0]
+    assert [panel.ideal(r) for r in panel.rows] == [32, 32]
+    both = panels([row(n, share) for n in (64, 128) for share in (None, 0.5, 1.0)])
+    assert [p.by_length for p in both] == [False, False, True, True]
+    assert [both[2].where(r) for r in both[2].rows] == [64, 128]
+    assert not panels([row(64, 0.5)])

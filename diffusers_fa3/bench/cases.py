@@ -1,15 +1,19 @@
-"""Attention calls as diffusers' models make them: sizes, masks and inputs, for the benchmark."""
+"""Attention calls as diffusers' models make them: sizes, masks and inputs."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+import diffusers
 import torch
 from torch import Tensor
 
-from diffusers_fa3 import PackingPlan, plan_packing
+from diffusers_fa3.errors import InputError
+from diffusers_fa3.packing import PackingPlan, plan_packing
 
 SHARES = (None, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of valid text; None: no mask."""
@@ -56,11 +60,21 @@ class Case:
         """B * Sq * Sk."""
         return self.batch * self.q_len * self.k_len
 
+    @property
+    def pads_are_queries(self) -> bool:
+        """Whether padded tokens are queries, which `pack_queries` leaves out."""
+        return not (self.cross or self.outer or self.pattern)
+
     def small(self) -> Case:
         """The same in a size that a CPU computes at once."""
         text, image = (n and max(16, n // 64) for n in (self.text, self.image))
         heads, kv_heads = 4, self.kv_heads and 2
         return replace(self, text=text, image=image, heads=heads, kv_heads=kv_heads)
+
+    def of_length(self, tokens: int) -> Case:
+        """The same with so many tokens of text and image, in about the same proportion."""
+        text = round(tokens * self.text / (self.text + self.image))
+        return replace(self, text=text, image=tokens - text)
 
     def mask(self, share: float | None, device: str) -> Tensor | None:
         """Bool, True: seen; samples differ by up to half of the share."""
@@ -93,10 +107,17 @@ class Case:
         seen = torch.ge if self.pattern == "frames" else torch.eq
         return seen(part[:, None], part)[None, None]
 
-    def plan(self, mask: Tensor | None, *, seqused: bool = True) -> PackingPlan:
-        """What this package makes of the mask."""
+    def plan(
+        self, mask: Tensor | None, *, seqused: bool = True, pack_queries: bool = False
+    ) -> PackingPlan:
+        """What this package makes of the mask; the options are those of `plan_packing`."""
         return plan_packing(
-            mask, batch=self.batch, q_len=self.q_len, k_len=self.k_len, seqused=seqused
+            mask,
+            batch=self.batch,
+            q_len=self.q_len,
+            k_len=self.k_len,
+            seqused=seqused,
+            pack_queries=pack_queries,
         )
 
     def packed_plan(self, mask: Tensor | None, device: str) -> PackingPlan:
@@ -115,9 +136,13 @@ class Case:
             indices_k=torch.arange(self.batch * self.k_len, device=device),
         )
 
-    def needed_pairs(self, mask: Tensor | None) -> int:
+    def needed_pairs(self, mask: Tensor | None, pack_queries: bool = False) -> int:
         """The sum of q_i * k_i: pairs of a query and a key that it sees."""
-        return self.pairs if mask is None else int(mask.sum()) * (self.pairs // mask.numel())
+        if mask is None:
+            return self.pairs
+        if pack_queries:
+            return int(mask.sum(-1).square().sum())
+        return int(mask.sum()) * (self.pairs // mask.numel())
 
 
 @dataclass(frozen=True)
@@ -149,9 +174,9 @@ def make_set(
 ) -> Inputs:
     """One set; the mask is the same tensor in all, as it is in all layers of a model."""
     kv_heads = case.kv_heads or case.heads
-    like = {"dtype": dtype, "device": device}
+    like: dict[str, Any] = {"dtype": dtype, "device": device}
     q = torch.randn(case.batch, case.q_len, case.heads, case.head_dim, **like)
-    k, v = torch.randn(2, case.batch, case.k_len, kv_heads, case.head_dim, **like)
+    k, v = torch.randn(2, case.batch, case.k_len, kv_heads, case.head_dim, **like).unbind()
     if kv_heads != case.heads:
         k, v = (x.repeat_interleave(case.heads // kv_heads, dim=2) for x in (k, v))
     heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -171,9 +196,45 @@ CASES = (
     Case("sdxl-self", 2, 0, 4096, heads=10, head_dim=64),
     Case("sdxl-cross", 2, 77, 4096, heads=10, head_dim=64, cross=True),
     Case("wan", 1, 0, 32760, heads=12, head_dim=128, most_rounds=11),
-    Case("hunyuan15", 1, 2000, 48000, 16, 128, shares=(9 / 2000,), most_rounds=5),
-    Case("hunyuan15-outer", 1, 2000, 48000, 16, 128, (9 / 2000,), outer=True, most_rounds=5),
-    Case("skyreels-causal", 1, 0, 39000, 12, 128, (1.0,), pattern="frames", most_rounds=5),
-    Case("ideogram4-segments", 1, 512, 4096, 18, 256, (1.0,), pattern="segments"),
-    Case("acestep-window", 2, 0, 3000, 16, 128, (1.0,), pattern="window", kv_heads=8),
+    Case("hunyuanvideo15", 1, 2000, 48000, 16, 128, shares=(9 / 2000,), most_rounds=5),
+    Case("hunyuanvideo15-outer", 1, 2000, 48000, 16, 128, (9 / 2000,), outer=True, most_rounds=5),
+    Case("skyreelsv2", 1, 0, 39000, 12, 128, (1.0,), pattern="frames", most_rounds=5),
+    Case("ideogram4", 1, 512, 4096, 18, 256, (1.0,), pattern="segments"),
+    Case("scale", 1, 4096, 0, heads=8, head_dim=64, shares=SHARES),
+    Case("acestep", 2, 0, 3000, 16, 128, (1.0,), pattern="window", kv_heads=8),
 )
+
+
+def cases_of(model: str) -> tuple[Case, ...]:
+    """The calls of a model: by the name of a case, or by that of a class of diffusers.
+
+    A class without a case of its own has 512 tokens of text before 4,096 of image, and the heads
+    that its configuration has by default.
+
+    Raises:
+        InputError: neither; or a class whose configuration does not say how many heads it has.
+    """
+    name = model.lower()
+    stem = re.sub(r"transformer[123]dmodel$", "", name)
+    known = tuple(c for c in CASES if c.name == name or c.name.partition("-")[0] == stem)
+    return known or (_case_of_class(model),)
+
+
+def _case_of_class(model: str) -> Case:
+    names = [model, *(f"{model}Transformer{axes}DModel" for axes in (2, 3, 1))]
+    found = next((getattr(diffusers, name) for name in names if hasattr(diffusers, name)), None)
+    parameters = {} if found is None else inspect.signature(found).parameters
+    sizes = [
+        parameters[name].default
+        for name in ("num_attention_heads", "attention_head_dim")
+        if name in parameters
+    ]
+    if len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
+        stems = ", ".join(dict.fromkeys(case.name.partition("-")[0] for case in CASES))
+        raise InputError(
+            f"model is one of {stems}, or a class of diffusers whose configuration says "
+            f"num_attention_heads and attention_head_dim; got {model}. Give heads, head size, text "
+            "and image tokens in place of a model"
+        )
+    heads, head_dim = sizes
+    return Case(model, 1, 512, 4096, heads, head_dim, shares=SHARES, gap=True)

@@ -1,4 +1,4 @@
-"""The ways to compute one attention call that the benchmark compares, and what they do inside.
+"""The ways to compute one attention call that are compared, and what they do inside.
 
 diffusers' own functions are called as they are; only the kernel that they end in is replaced, by
 the one that this package runs on. What is left of a difference is how they pack.
@@ -6,6 +6,7 @@ the one that this package runs on. What is left of a difference is how they pack
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import warnings
@@ -13,20 +14,25 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from attention_cases import Inputs
-from diffusers.models import attention_dispatch as dispatch
+from diffusers.models import attention_dispatch
 from torch import Tensor
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from diffusers_fa3 import PackingPlan, attention, flash_attn_varlen_func
+from diffusers_fa3.attention import attention
+from diffusers_fa3.bench.cases import Inputs
+from diffusers_fa3.interface import flash_attn_varlen_func
+from diffusers_fa3.packing import PackingPlan
 from diffusers_fa3.providers import Kernel, Request, read_machine, select
 
-Run = Callable[[Inputs], Tensor]
+Run = Callable[[Any], Any]
+
+dispatch: Any = attention_dispatch
 
 BACKENDS = {
     "cudnn": "cudnn",
@@ -49,25 +55,43 @@ class Method:
     """What it runs in, entered before its time begins."""
 
 
-def methods(plan: PackingPlan, packed: PackingPlan, kernel: str) -> dict[str, Method]:
+def methods(
+    plan: PackingPlan, without_pads: PackingPlan | None, packed: PackingPlan, kernel: str
+) -> dict[str, Method]:
     """All ways, by name; the first is the one that the others' results are held against.
 
     Args:
         plan: of the mask that all inputs have.
+        without_pads: that in which padded tokens are no queries; None where that is no other.
         packed: that by which their valid tokens were packed.
         kernel: a name from `available_kernels()`.
     """
-    lengths = (packed.cu_seqlens_q, packed.cu_seqlens_k, packed.max_seqlen_q, packed.max_seqlen_k)
 
     def sdpa(x: Inputs) -> Tensor:
         out = F.scaled_dot_product_attention(*x.heads_first, attn_mask=x.mask)
         return out.transpose(1, 2)
 
-    def bare(x: Inputs) -> Tensor:
+    def ours(x: Inputs, mask: Tensor | PackingPlan | None) -> Any:
+        q, k, v = x.qkv
+        return attention(q, k, v, mask, kernel=kernel)
+
+    def bare(x: Inputs) -> Any:
+        assert packed.cu_seqlens_q is not None
+        assert packed.cu_seqlens_k is not None
         return flash_attn_varlen_func(
-            *x.packed, *lengths, causal=packed.causal, window_size=packed.window, kernel=kernel
+            *x.packed,
+            cu_seqlens_q=packed.cu_seqlens_q,
+            cu_seqlens_k=packed.cu_seqlens_k,
+            max_seqlen_q=packed.max_seqlen_q,
+            max_seqlen_k=packed.max_seqlen_k,
+            causal=packed.causal,
+            window_size=packed.window,
+            kernel=kernel,
         )
 
+    queries_packed = (
+        {} if without_pads is None else {"ours+q": Method(lambda x: ours(x, without_pads))}
+    )
     return {
         "default": Method(sdpa),
         "cudnn": Method(sdpa, partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
@@ -76,8 +100,9 @@ def methods(plan: PackingPlan, packed: PackingPlan, kernel: str) -> dict[str, Me
         "_flash_3_varlen_hub": Method(
             lambda x: dispatch._flash_attention_3_varlen_hub(*x.qkv, x.mask)
         ),
-        "ours": Method(lambda x: attention(*x.qkv, plan, kernel=kernel)),
-        "ours+plan": Method(lambda x: attention(*x.qkv, x.mask, kernel=kernel)),
+        "ours": Method(lambda x: ours(x, plan)),
+        **queries_packed,
+        "ours+plan": Method(lambda x: ours(x, x.mask)),
         "bare": Method(bare),
     }
 
@@ -87,12 +112,12 @@ def diffusers_on(kernel: str) -> Iterator[None]:
     """Let diffusers' FlashAttention-3 functions end in our kernel."""
 
     def dense(
-        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, **_: object
-    ) -> tuple[Tensor, Tensor]:
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, **options: object
+    ) -> tuple[Tensor, Tensor | None]:
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         return chosen(q, lse=True).forward(q, k, v, softmax_scale=scale, return_lse=True)
 
-    def dense_on_cpu(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    def dense_on_cpu(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
         # No log-sum-exp, which a GPU's kernel gives for nothing and the reference does not.
         out, _ = chosen(q, lse=False).forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5)
         return out, out.new_empty(0)
@@ -121,7 +146,8 @@ def attempt(method: Method, inputs: Inputs) -> Tensor | str:
         warnings.simplefilter("always")
         try:
             with method.around():
-                return method.run(inputs)
+                result: Tensor = method.run(inputs)
+                return result
         except (RuntimeError, ValueError) as error:
             words = [
                 f"{type(error).__name__}: {error}",
@@ -159,6 +185,28 @@ def host_syncs(method: Method, inputs: Inputs) -> int:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def peak_bytes(method: Method, inputs: Inputs, device: str) -> int:
+    """The most memory that a call has at a time, besides what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with method.around():
+            method.run(inputs)
+        return torch.cuda.max_memory_allocated() - before
+    with (
+        without_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace,
+        method.around(),
+    ):
+        method.run(inputs)
+    assert trace.profiler is not None
+    assert trace.profiler.kineto_results is not None
+    changes = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes), default=0)
 
 
 @contextmanager
