@@ -28,17 +28,17 @@ class Machine(NamedTuple):
 
 def read_machine(device: torch.device) -> Machine:
     """The facts of the machine behind `device`: the only place that asks for them."""
-    if device.type != "cuda":
-        return Machine(device.type, None)
-    return _read_cuda(torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _read(device)
 
 
 @cache
-def _read_cuda(index: int) -> Machine:
+def _read(device: torch.device) -> Machine:
     """A device does not change: asked once, since an attention call cannot wait for the answer."""
-    if not torch.cuda.is_available():
-        return Machine("cuda", None)
-    return Machine("cuda", torch.cuda.get_device_capability(index))
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Machine(device.type, None)
+    return Machine("cuda", torch.cuda.get_device_capability(device))
 
 
 class Request(NamedTuple):
