@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ FULL = {
     "pixart": 0.61e9,
 }
 """Parameters of the published models."""
-SECONDS = 40
 Rows = dict[tuple[str, float | None], dict[str, Any]]
 
 
@@ -50,10 +48,8 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     path = tmp_path_factory.mktemp("benchmark") / "rows.json"
-    begun = time.perf_counter()
     done = run("--markdown", "--json", str(path), "--models", *(model.name for model in MEASURED))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.perf_counter() - begun < SECONDS
     found = json.loads(path.read_text())["rows"]
     assert done.stdout.count("\n| ") == len(found) + 2
     return {(row["model"], row["share"]): row for row in found}
