@@ -126,6 +126,7 @@ def _launch(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     packed_q, packed_k, packed_v = plan.pack(q, k, v)
+    known = {} if plan.padding is None else {"padding": plan.padding}
     result, lse = chosen.forward(
         packed_q,
         packed_k,
@@ -140,6 +141,7 @@ def _launch(
         max_seqlen_k=plan.max_seqlen_k,
         out=plan.buffer(out),
         return_lse=return_lse,
+        **known,
     )
     return plan.unpack(result, out), None if lse is None else plan.unpack_lse(lse)
 

@@ -24,8 +24,8 @@ class PackingPlan:
     Routes:
         dense: the mask says nothing; tensors go to the kernel as they are.
         band: the mask is causal or a sliding window, and so is the call; tensors go as they are.
-        seqused: the valid keys of each sample are its first; tensors go as they are, with the
-            number of valid keys.
+        seqused: the valid keys of each sample are its first; tensors go as they are, up to the last
+            key that is valid in any sample, with the number of valid keys where samples differ.
         packed: valid keys are gathered, samples end to end; queries too where whole rows are
             masked, and then the other rows of the output are 0. Where queries of one sample see
             different keys, each group of them is a sequence, as a sample is otherwise.
@@ -39,6 +39,8 @@ class PackingPlan:
     k_len: int
     seqused_k: Tensor | None = None
     """int32 (B,): valid keys of each sample. Routes seqused and static."""
+    padding: Tensor | None = None
+    """bool (B, Sk): which keys, of those that go to the kernel, `seqused_k` leaves out."""
     cu_seqlens_q: Tensor | None = None
     """int32 (B + 1,): where each sample's queries begin and end. Route packed, as all below."""
     cu_seqlens_k: Tensor | None = None
@@ -56,6 +58,8 @@ class PackingPlan:
     window: tuple[int, int] = (-1, -1)
     first_key: int = 0
     """Keys before it are too far from every query, and left out. Route band."""
+    end_key: int | None = None
+    """Keys from it on are padding in every sample, and left out. Route seqused."""
     also: PackingPlan | None = None
     """A second launch, for queries that see keys causally where others do not, or the other way
     round. Each launch gives rows of 0 for the queries of the other: the output is their sum."""
@@ -65,8 +69,9 @@ class PackingPlan:
         if self.route == "static":
             return q, _take(k, self.indices_k).view_as(k), _take(v, self.indices_k).view_as(v)
         if self.route != "packed":
-            skip = self.first_key
-            return (q, k[:, skip:], v[:, skip:]) if skip else (q, k, v)
+            if self.first_key or self.end_key is not None:
+                k, v = (x[:, self.first_key : self.end_key] for x in (k, v))
+            return q, k, v
         return _take(q, self.indices_q), _take(k, self.indices_k), _take(v, self.indices_k)
 
     def buffer(self, out: Tensor | None) -> Tensor | None:
@@ -267,8 +272,7 @@ def _unless_all(positions: list[Tensor], total: int, device: torch.device) -> Te
 def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool) -> PackingPlan:
     keys = valid.keys.expand(batch, -1)
     if seqused and valid.k_leading and valid.queries is None:
-        used = keys.sum(-1, dtype=torch.int32)
-        return PackingPlan("seqused", batch, q_len, k_len, seqused_k=used)
+        return _plan_leading(keys, valid.k_lens, batch, q_len, k_len)
 
     k_lens = _each(valid.k_lens, batch)
     if valid.queries is None:
@@ -291,6 +295,16 @@ def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool)
         indices_q=indices_q,
         indices_k=_indices(keys, sum(k_lens)),
     )
+
+
+def _plan_leading(
+    keys: Tensor, k_lens: tuple[int, ...], batch: int, q_len: int, k_len: int
+) -> PackingPlan:
+    end = max(*k_lens, 1)  # of no key at all, a kernel is told by seqused_k
+    plan = PackingPlan("seqused", batch, q_len, k_len, end_key=end if end < k_len else None)
+    if min(k_lens) == end:
+        return plan
+    return replace(plan, seqused_k=keys.sum(-1, dtype=torch.int32), padding=~keys[:, :end])
 
 
 def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:

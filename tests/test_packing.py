@@ -42,8 +42,30 @@ def test_valid_keys_in_front_are_counted_not_copied() -> None:
     assert plan.seqused_k is not None
     assert plan.seqused_k.dtype == torch.int32
     assert plan.seqused_k.tolist() == [2, 6, 0]
+    assert plan.padding.equal(torch.arange(SK) >= plan.seqused_k[:, None])
     k = rows(SK)
     assert plan.pack(rows(SQ), k, k)[1] is k
+
+
+def test_keys_end_with_the_longest_sample() -> None:
+    plan = plan_of([[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    k = rows(SK)
+    _, kept, _ = plan.pack(rows(SQ), k, k)
+    assert kept.equal(k[:, :3])
+    assert kept.data_ptr() == k.data_ptr()
+    assert plan.padding.tolist() == [[False, False, True], [False] * 3, [True] * 3]
+
+
+def test_samples_of_one_length_need_no_count() -> None:
+    plan = plan_of([[1, 1, 0, 0, 0, 0]] * B)
+    assert (plan.route, plan.end_key) == ("seqused", 2)
+    assert plan.seqused_k is plan.padding is None
+
+
+def test_of_samples_without_any_key_the_kernel_is_told() -> None:
+    plan = plan_of([[0, 0, 0, 0, 0, 0]] * B)
+    assert (plan.route, plan.end_key) == ("seqused", 1)
+    assert plan.seqused_k.tolist() == [0, 0, 0]
 
 
 def test_a_kernel_without_seqused_gets_packed_keys() -> None:

@@ -235,3 +235,10 @@ def test_float8_values_are_zeroed_as_well():
     zeroed = without_padding(v, ends(3, 0), None)
     assert zeroed.dtype == v.dtype
     assert zeroed.float()[:, :, 0, 0].tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+
+
+def test_padding_that_is_known_is_not_found_out():
+    v = torch.full((2, 5, 2, 8), torch.nan)
+    padding = torch.tensor([[True] * 5, [False, True, True, True, True]])
+    zeroed = without_padding(v, None, None, padding)
+    assert zeroed.isnan()[:, :, 0, 0].tolist() == [[False] * 5, [True, *[False] * 4]]

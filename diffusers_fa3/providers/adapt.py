@@ -24,9 +24,9 @@ def shielded(forward: Forward) -> Forward:
     def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
         if not (q.numel() and k.numel()):
             return without_keys(q, k, v, options.get("out"), options.get("return_lse", False))
-        seqused_k = options.get("seqused_k")
+        seqused_k, padding = options.get("seqused_k"), options.pop("padding", None)
         if seqused_k is not None:
-            v = without_padding(v, seqused_k, options.get("cu_seqlens_k"))
+            v = without_padding(v, seqused_k, options.get("cu_seqlens_k"), padding)
         return forward(q, k, v, **options)
 
     return call
@@ -82,21 +82,27 @@ def _ends(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(0, (batch + 1) * length, max(length, 1), dtype=torch.int32, device=device)
 
 
-def without_padding(v: Tensor, seqused_k: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
-    """`v` with 0 in the rows behind each sample's valid ones.
+def without_padding(
+    v: Tensor, seqused_k: Tensor, cu_seqlens_k: Tensor | None, padding: Tensor | None = None
+) -> Tensor:
+    """`v` with 0 in the rows behind each sample's valid ones, which `padding` may tell.
 
     FlashAttention-3 reads keys in tiles, and gives what lies behind the last valid one in its tile
     a weight of 0, which NaN and inf in v survive (in k they do not): seen on an H100.
     """
-    row = torch.arange(v.shape[-3], dtype=torch.int32, device=v.device)
-    if cu_seqlens_k is None:
-        padding = row >= seqused_k[:, None]
-    else:
-        sample = torch.bucketize(row, cu_seqlens_k[1:], right=True).clamp_(max=len(seqused_k) - 1)
-        padding = row >= (cu_seqlens_k[:-1] + seqused_k)[sample]
+    if padding is None:
+        padding = _padding(v.shape[-3], seqused_k, cu_seqlens_k)
     plain = v.view(torch.uint8) if v.dtype.itemsize == 1 else v  # float8 has no `where`
     # Not masked_fill, which copies first and fills then: 130 us against 83 for 57 MB on an H100.
     return torch.where(padding[..., None, None], 0, plain).view(v.dtype)
+
+
+def _padding(length: int, seqused_k: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
+    row = torch.arange(length, dtype=torch.int32, device=seqused_k.device)
+    if cu_seqlens_k is None:
+        return row >= seqused_k[:, None]
+    sample = torch.bucketize(row, cu_seqlens_k[1:], right=True).clamp_(max=len(seqused_k) - 1)
+    return row >= (cu_seqlens_k[:-1] + seqused_k)[sample]
 
 
 def dense_last_axis(x: Tensor) -> Tensor:

@@ -151,7 +151,8 @@ class Forward(Protocol):
 
     Packed q (Tq, H, D), k (Tk, Hk, D), v (Tk, Hk, Dv) with int32 cu_seqlens of (B + 1); or dense
     q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) without. `seqused_k` (B,) int32 counts the
-    valid keys of each sample, from its first; legal with both. `softmax_scale` is always a number.
+    valid keys of each sample, from its first; legal with both. `padding`, bool (B, Sk), says of a
+    dense call the same, to a kernel that would have to find it out. `softmax_scale` is a number.
     `causal` is bottom-right aligned. `window` counts keys to the left and right, -1 is unlimited.
     Returns (out, lse): out like q with v's head size, lse fp32, natural log, (H, Tq) packed or
     (B, H, Sq) dense, None unless asked for. Rows without a valid key are 0, their lse is -inf.
@@ -175,6 +176,7 @@ class Forward(Protocol):
         q_descale: torch.Tensor | None = None,
         k_descale: torch.Tensor | None = None,
         v_descale: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         return_lse: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -116,6 +116,7 @@ class RawOp:
         q_descale: Tensor | None = None,
         k_descale: Tensor | None = None,
         v_descale: Tensor | None = None,
+        padding: Tensor | None = None,
         out: Tensor | None = None,
         return_lse: bool = False,
     ) -> Result:
@@ -123,7 +124,7 @@ class RawOp:
         if not (q.numel() and k.numel()):  # what `shielded` does, at half its price
             return without_keys(q, k, v, out, return_lse)
         if seqused_k is not None:
-            v = without_padding(v, seqused_k, cu_seqlens_k)
+            v = without_padding(v, seqused_k, cu_seqlens_k, padding)
         arguments, place = self._fill.copy(), self._place
         arguments[place["softmax_scale"]] = float(softmax_scale)
         arguments[place["seqused_k"]] = seqused_k

@@ -43,6 +43,7 @@ def forward(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    padding: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Result:
