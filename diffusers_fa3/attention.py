@@ -30,7 +30,7 @@ from diffusers_fa3.ops import choose_for_graph, traceable
 from diffusers_fa3.out import check_out
 from diffusers_fa3.packing import PackingPlan, plan_packing, try_plan
 from diffusers_fa3.plans import Plan
-from diffusers_fa3.providers import KernelChoice, Request, read_machine, select
+from diffusers_fa3.providers import Kernel, KernelChoice, Request, read_machine, select
 from diffusers_fa3.providers.adapt import without_keys
 
 FindPlan = Callable[[Tensor, object, Callable[[], Plan]], Plan]
@@ -72,13 +72,15 @@ def attend(
 ) -> Served | Declined:
     """The way of the data: `attention` and every processor go it."""
     check_inputs(q, k, v, mask, causal)
-    if q.numel() == 0 or k.shape[1] == 0:
+    batch, q_len, heads, head_dim = q.shape
+    k_len = k.shape[1]
+    if q.numel() == 0 or k_len == 0:
         return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
 
     # Who can serve this call?
     request = Request(
         dtype=q.dtype,
-        head_dim=q.shape[-1],
+        head_dim=head_dim,
         head_dim_v=v.shape[-1],
         varlen=mask is not None,
         seqused_k=isinstance(mask, PackingPlan) and mask.seqused_k is not None,
@@ -91,7 +93,7 @@ def attend(
         return chosen
 
     # What does the mask mean, and which plan follows?
-    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    sizes = (batch, heads, q_len, k_len)
     plan = _plan(mask, sizes, axes_2d, chosen.seqused_k, pack_queries, find_plan)
     if isinstance(plan, Opaque):
         return _declined(plan.reason, MaskError)
@@ -105,7 +107,7 @@ def attend(
             return chosen
 
     # The kernel, between pack and unpack; a second time where queries see in two ways.
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = head_dim**-0.5 if scale is None else scale
     result, lse = _launch(chosen, plan, q, k, v, scale, causal, out, return_lse)
     if plan.also is not None:
         rest, rest_lse = _launch(chosen, plan.also, q, k, v, scale, causal, None, return_lse)
@@ -115,7 +117,7 @@ def attend(
 
 
 def _launch(
-    chosen: _Chosen,
+    chosen: Kernel | _ForGraph,
     plan: PackingPlan,
     q: Tensor,
     k: Tensor,
@@ -125,8 +127,11 @@ def _launch(
     out: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if plan.route == "dense":
+        return chosen.forward(
+            q, k, v, softmax_scale=softmax_scale, causal=causal, out=out, return_lse=return_lse
+        )
     packed_q, packed_k, packed_v = plan.pack(q, k, v)
-    known = {} if plan.padding is None else {"padding": plan.padding}
     result, lse = chosen.forward(
         packed_q,
         packed_k,
@@ -139,9 +144,9 @@ def _launch(
         seqused_k=plan.seqused_k,
         max_seqlen_q=plan.max_seqlen_q,
         max_seqlen_k=plan.max_seqlen_k,
+        padding=plan.padding,
         out=plan.buffer(out),
         return_lse=return_lse,
-        **known,
     )
     return plan.unpack(result, out), None if lse is None else plan.unpack_lse(lse)
 
@@ -200,7 +205,9 @@ def attention(
     return answer.out if answer.lse is None else (answer.out, answer.lse)
 
 
-class _Chosen(NamedTuple):
+class _ForGraph(NamedTuple):
+    """What a graph that is being traced needs of a `Kernel`."""
+
     name: str
     seqused_k: bool
     forward: Callable[..., tuple[Tensor, Tensor | None]]
@@ -208,19 +215,18 @@ class _Chosen(NamedTuple):
 
 def _choose(
     request: Request, device: torch.device, kernel: KernelChoice, owner: int
-) -> _Chosen | Declined:
+) -> Kernel | _ForGraph | Declined:
     if torch.compiler.is_compiling() and isinstance(kernel, str):
         if request.backward:
             return _declined("gradients under torch.compile", InputError)
         name, seqused_k, refusal = choose_for_graph(device, kernel, *request)
         if refusal:
             return Declined(refusal, KernelUnavailableError(refusal))
-        return _Chosen(name, seqused_k, traceable(name, owner))
+        return _ForGraph(name, seqused_k, traceable(name, owner))
     try:
-        chosen = select(request, read_machine(device), kernel)
+        return select(request, read_machine(device), kernel)
     except KernelUnavailableError as error:
         return Declined(error.summary, error)
-    return _Chosen(chosen.name, chosen.limits.seqused_k, chosen.forward)
 
 
 def _declined(reason: str, error: type[InputError]) -> Declined:

@@ -25,9 +25,9 @@ MOST_GROUPS = 1024
 COPIES = 4
 QUERIES_PER_COPY = 512
 """A key is copied for each group that sees it: at most so many times on average, and once more for
-so many queries of the call. On an H100, bfloat16, 24 heads of 128, half of all pairs seen, a call of
-4,096 tokens or more is 1.6 to 2.5 times as fast at this limit as the default, and as fast at twice
-the limit; one of 2,048 is 1.3 times as fast. One of 1,024 is slower from three groups on."""
+so many queries of the call. On an H100 (bfloat16, 24 heads of 128, half of all pairs seen) calls of
+4,096 tokens and more are 1.6 to 2.5 times as fast as the default at this limit, and break even at
+twice the limit; those of 2,048 are 1.3 times as fast, those of 1,024 slower from 3 groups on."""
 
 GPU_BLOCK, CPU_BLOCK = 2**26, 2**22
 """Elements of the mask that are looked at in one go. What is laid out besides it stays small, on a

@@ -197,6 +197,11 @@ class Kernel:
     out: Literal["native", "copy"] = "native"
     """"native": the kernel writes into the caller's `out`; "copy": its result is copied there."""
 
+    @property
+    def seqused_k(self) -> bool:
+        """Whether it takes a number of valid keys for each sample."""
+        return self.limits.seqused_k
+
 
 @dataclass(frozen=True)
 class Provider:
