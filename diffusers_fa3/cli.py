@@ -126,20 +126,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from diffusers_fa3.bench.report import show, swept
+    from diffusers_fa3.bench.report import show
     from diffusers_fa3.bench.run import run
 
     check_choice(args.kernel)
     cases = _cases(args)
-    if args.plot and not any(len(c.shares) > 1 for c in cases) and len(args.lengths or ()) < 2:
-        raise InputError("--plot draws a sweep: give several --valid or several --lengths")
+    sweeps = [args.lengths or [], *([x for x in case.shares if x is not None] for case in cases)]
+    if args.plot and max(map(len, sweeps)) < 3:
+        raise InputError("--plot draws a sweep: give three or more --valid, or as many --lengths")
     usual = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
     dtypes = args.dtype or usual[args.device]
     results = run(cases, dtypes, args.device, args.kernel, args.rounds)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(_as_json(results, cases), file, indent=1)
-    if args.plot and swept(results.rows):
+    if args.plot:
         from diffusers_fa3.bench.plot import plot
 
         plot(results.rows, args.plot)

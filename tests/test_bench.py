@@ -20,7 +20,7 @@ from diffusers_fa3 import cli
 from diffusers_fa3.bench.cases import CASES, SHARES, Case, cases_of
 from diffusers_fa3.bench.measure import WRONG_FROM, error_of, rows_to_compare
 from diffusers_fa3.bench.methods import Method, backend_in, host_syncs
-from diffusers_fa3.bench.plot import panels
+from diffusers_fa3.bench.plot import panels, plot
 from diffusers_fa3.bench.report import METHODS, Row, Timing
 from diffusers_fa3.errors import InputError
 
@@ -279,7 +279,7 @@ def status(*argv: str) -> object:
         (["--lengths", "0"], "a number above 0; got 0"),
         (["--dtype", "int8"], "one of fp32"),
         (["--model", "NoSuchModel"], "got NoSuchModel"),
-        (["--model", "flux", "--plot", "x.png"], "give several --valid or several --lengths"),
+        (["--model", "flux", "--plot", "x.png"], "give three or more --valid"),
     ],
 )
 def test_bad_options_are_refused_in_words(
@@ -306,11 +306,16 @@ def row(tokens: int, share: float | None) -> Row:
 
 
 def test_every_sweep_is_a_panel() -> None:
-    shares = [row(64, share) for share in (None, 0.5, 1.0)]
-    (panel,) = panels(shares)
-    assert [panel.where(r) for r in panel.rows] == [50, 0]
-    assert [panel.ideal(r) for r in panel.rows] == [32, 32]
-    both = panels([row(n, share) for n in (64, 128) for share in (None, 0.5, 1.0)])
-    assert [p.by_length for p in both] == [False, False, True, True]
-    assert [both[2].where(r) for r in both[2].rows] == [64, 128]
-    assert not panels([row(64, 0.5)])
+    shares = (None, 0.5, 0.75, 1.0)
+    (panel,) = panels([row(64, share) for share in shares])
+    assert [panel.where(r) for r in panel.rows] == [50, 25, 0]
+    assert [panel.ideal(r) for r in panel.rows] == [32, 32, 32]
+    both = panels([row(n, share) for n in (64, 128, 256) for share in shares])
+    assert [p.by_length for p in both] == [False] * 3 + [True] * 3
+    assert [both[3].where(r) for r in both[3].rows] == [64, 128, 256]
+    assert not panels([row(64, share) for share in (None, 0.5, 1.0)])
+
+
+def test_without_a_sweep_there_is_no_plot(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs 3 shares"):
+        plot([row(64, 0.5)], str(tmp_path / "x.png"))

@@ -9,7 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diffusers_fa3.bench.report import Row, swept
+from diffusers_fa3.errors import InputError
 
+FEWEST = 3
+"""Points along an axis from which they are drawn."""
 LINES = {
     "default": ("#0072B2", "default"),
     "ours": ("#D55E00", "ours, keys packed"),
@@ -46,23 +49,32 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
 def _panels_of(case: str, rows: list[Row]) -> Iterator[Panel]:
     for dtype in dict.fromkeys(row.dtype for row in rows):
         of_dtype = [row for row in rows if row.dtype == dtype]
-        masked = [row for row in of_dtype if row.share is not None]
+        masked = sorted(
+            (row for row in of_dtype if row.share is not None),
+            key=lambda row: (row.tokens, row.share or 0),
+        )
         times = {row.tokens: row.ms("default") for row in of_dtype if row.share is None}
         unmasked = {tokens: ms for tokens, ms in times.items() if ms is not None}
         for tokens in dict.fromkeys(row.tokens for row in masked):
             along = [row for row in masked if row.tokens == tokens]
-            if len(along) > 1:
+            if len(along) >= FEWEST:
                 yield Panel(f"{case}, {tokens} tokens, {dtype}", along, unmasked, by_length=False)
         for share in dict.fromkeys(row.share for row in masked):
             along = [row for row in masked if row.share == share]
-            if len(along) > 1:
+            if len(along) >= FEWEST:
                 title = f"{case}, {100 * (share or 0):.3g}% valid text, {dtype}"
                 yield Panel(title, along, unmasked, by_length=True)
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-    """Draw a panel for each sweep into the file `path`, whose ending says the format."""
+    """Draw a panel for each sweep into the file `path`, whose ending says the format.
+
+    Raises:
+        InputError: there is no sweep.
+    """
     drawn = panels(rows)
+    if not drawn:
+        raise InputError(f"a plot needs {FEWEST} shares of valid text, or as many lengths")
     columns = min(len(drawn), 4)
     lines = -(-len(drawn) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.3 * lines + 0.4), layout="constrained")
