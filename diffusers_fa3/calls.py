@@ -179,13 +179,15 @@ class Frame:
         sources: list[Tensor] = list(sources_of(mask))
         given: list[Tensor] = []
         rest: list[object] = []
+        certain = True
         if _is_of_diffusers(self.layer.processor) and self._read_arguments(given, rest):
             owners = {id(owner_of(source)) for source in given}
             if not owners.issuperset(id(owner_of(source)) for source in sources):
+                certain = _follows_from(mask, given)
                 sources = given
                 processor_class = type(self.layer.processor)
                 call = (call, processor_class, self.attention_calls, mask.dtype, mask.shape, *rest)
-        plan, made = PLANS.find(sources, call, make)
+        plan, made = PLANS.find(sources, call, make, certain)
         self.layer.plans_made += made
         self.layer.plans_reused += not made
         return plan
@@ -217,6 +219,17 @@ def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
     return ""
 
 
+def _follows_from(mask: Tensor, given: list[Tensor]) -> bool:
+    """Whether a mask that a processor makes says no more than the masks that it was given.
+
+    Additive values that differ from query to query may be a bias, of weights and activations, even
+    where this layer's are all 0 (RFD4 Proteina); unless a mask of queries and keys was given.
+    """
+    if not mask.is_floating_point() or mask.shape[-2] == 1 or mask.stride(-2) == 0:
+        return True
+    return any(source.shape[-2:] == mask.shape[-2:] for source in given)
+
+
 def _sort(name: str, value: object, sources: list[Tensor], rest: list[object]) -> bool:
     """Sort an argument into masks and the rest; False where it could hide a mask."""
     if isinstance(value, Tensor):
@@ -228,7 +241,15 @@ def _sort(name: str, value: object, sources: list[Tensor], rest: list[object]) -
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         rest.append((name, value))
         return True
-    return isinstance(value, nn.Module)
+    if isinstance(value, slice):
+        rest.append((name, value.start, value.stop, value.step))
+        return True
+    if isinstance(value, nn.Module):
+        return True
+    # A cache of keys and values, for one: what it holds is sorted as if it were an argument.
+    return _is_of_diffusers(value) and all(
+        _sort(held, item, sources, rest) for held, item in vars(value).items()
+    )
 
 
 @functools.cache

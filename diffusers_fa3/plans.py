@@ -38,7 +38,11 @@ class PlanCache:
         self._lock = Lock()
 
     def find(
-        self, sources: Sequence[Tensor], call: object, make: Callable[[], Plan]
+        self,
+        sources: Sequence[Tensor],
+        call: object,
+        make: Callable[[], Plan],
+        certain: bool = True,
     ) -> tuple[Plan, bool]:
         """The plan that follows from `sources` and `call`, and whether it was made just now.
 
@@ -46,16 +50,18 @@ class PlanCache:
             sources: tensors, together with `call` all that the plan depends on.
             call: hashable.
             make: makes the plan where there is none.
+            certain: whether it depends on nothing else for sure. If not, only a refusal is found
+                again: the default attention, which serves then, is right for any mask.
         """
         if any(source.is_inference() for source in sources):
             return make(), True
         owners = [owner_of(source) for source in sources]
         key = (tuple(map(_view, sources, owners)), call)
         remembered = self._plans.get(key)
-        if remembered is not None:
+        if remembered is not None and (certain or isinstance(remembered[1], Opaque)):
             references, plan = remembered
             if all(ref() is owner for ref, owner in zip(references, owners)):
-                if self.verify and not _same(plan, make()):
+                if self.verify and certain and not _same(plan, make()):
                     raise MaskError(f"a plan was reused for another mask; call: {call}")
                 return plan, False
         plan = make()

@@ -97,6 +97,21 @@ def test_output_is_that_of_the_default_and_every_call_is_accounted_for(
     assert report["plans"]["made"] <= len(distinct) + (case.name in EQUAL_MASKS)
 
 
+def test_a_bias_is_not_taken_for_that_of_a_layer_where_it_is_zero() -> None:
+    """What RFD4 adds to the logits follows from weights: the layers' masks alone are the same."""
+    if "rfd4_proteina" not in BY_NAME:
+        pytest.skip("this diffusers has no RFD4 Proteina")
+    case = BY_NAME["rfd4_proteina"]
+    model = case.build()
+    first = next(m for m in model.modules() if hasattr(m, "to_bias"))
+    nn.init.zeros_(first.to_bias.weight)
+    default = case.run(model, "all_true")
+    enable(model, case)
+    torch.testing.assert_close(case.run(model, "all_true"), default)
+    report = coverage(model)
+    assert (report.calls, report.fallbacks) == (1, 1)
+
+
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.refusal], ids=lambda case: case.name
 )

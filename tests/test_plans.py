@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusers_fa3 import MaskError, plan_packing
+from diffusers_fa3.meaning import Opaque
 from diffusers_fa3.packing import PackingPlan
 from diffusers_fa3.plans import CAPACITY, PlanCache
 
@@ -82,6 +83,20 @@ def test_a_wrong_reuse_is_found_where_one_looks() -> None:
     hidden = padding(1, 1)
     with pytest.raises(MaskError, match="reused for another mask; call: call"):
         cache.find([source], "call", lambda: plan_packing(hidden, batch=2, q_len=4, k_len=4))
+
+
+def test_of_what_is_not_certain_only_a_refusal_is_found_again() -> None:
+    cache, source = PlanCache(verify=True), padding(3, 2)
+    refusals = [Opaque("a bias"), Opaque("another bias")]
+    plans = [plan_packing(padding(n, n), batch=2, q_len=4, k_len=4) for n in (1, 2)]
+    found = [
+        cache.find([source], "call", iter([plan]).__next__, certain=False)
+        for plan in (*plans, *refusals, plans[0])
+    ]
+    assert (
+        found
+        == [(plans[0], True), (plans[1], True), (refusals[0], True)] + [(refusals[0], False)] * 2
+    )
 
 
 def test_masks_without_a_version_are_never_remembered() -> None:

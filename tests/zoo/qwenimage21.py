@@ -35,6 +35,15 @@ class Prefill(QwenImage21Transformer2DModel):
         return (rows * valid_rows[..., None],)
 
 
+class Extract(Prefill):
+    """The first step of a run with caches, which every layer fills."""
+
+    def forward(self, valid_rows: torch.Tensor, **inputs: object) -> tuple[torch.Tensor]:
+        """As `Prefill`."""
+        cache = QwenImage21KVCache(LAYERS)
+        return super().forward(valid_rows, kv_cache=cache, kv_cache_mode="extract", **inputs)
+
+
 class Decode(QwenImage21Transformer2DModel):
     """Takes the keys and values of the prefix from its caller, not from an earlier step."""
 
@@ -89,6 +98,13 @@ CASES = (
         config=CONFIG,
         inputs=_inputs,
         layouts=ANY_MASK,
+    ),
+    Case(
+        name="qwenimage21_extract",
+        model=Extract,
+        config=CONFIG,
+        inputs=_inputs,
+        layouts=("none", "ragged"),
     ),
     Case(
         name="qwenimage21_decode",
