@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from diffusers_fa3.errors import MaskError
+from diffusers_fa3.errors import FA3Error
 from diffusers_fa3.meaning import Opaque
 from diffusers_fa3.packing import PackingPlan
 
@@ -62,7 +62,7 @@ class PlanCache:
             references, plan = remembered
             if all(ref() is owner for ref, owner in zip(references, owners)):
                 if self.verify and certain and not _same(plan, make()):
-                    raise MaskError(f"a plan was reused for another mask; call: {call}")
+                    raise FA3Error(f"a plan was reused for another mask; call: {call}")
                 return plan, False
         plan = make()
         with self._lock:

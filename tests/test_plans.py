@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from diffusers_fa3 import MaskError, plan_packing
+from diffusers_fa3 import FA3Error, plan_packing
 from diffusers_fa3.meaning import Opaque
 from diffusers_fa3.packing import PackingPlan
 from diffusers_fa3.plans import CAPACITY, PlanCache
@@ -81,7 +81,7 @@ def test_a_wrong_reuse_is_found_where_one_looks() -> None:
     plan_for(cache, source)
     plan_for(cache, source)
     hidden = padding(1, 1)
-    with pytest.raises(MaskError, match="reused for another mask; call: call"):
+    with pytest.raises(FA3Error, match="reused for another mask; call: call"):
         cache.find([source], "call", lambda: plan_packing(hidden, batch=2, q_len=4, k_len=4))
 
 
