@@ -51,15 +51,23 @@ def count_keys(seen: Tensor) -> Tensor:
 def read_rows(seen: Tensor, counts: Tensor) -> Band | Sequences | Opaque:
     """What a (B or 1, Sq, Sk) bool mask means that differs from query to query.
 
-    Reads from the mask's device a few times: where rows change, one row of each group, and of what
-    was guessed whether it is so.
+    Reads from the mask's device up to four times: where rows change; whether it is the band that
+    it looks like; if not, one row of each group; and which of these are causal, as some look.
 
     Args:
         seen: the mask.
         counts: `count_keys(seen)`.
     """
-    changes, counts = torch.stack([_changes(seen), counts]).cpu()
-    return _band(seen, counts) or _sequences(seen, changes, counts)
+    ends = seen[0, :: seen.shape[1] - 1]
+    changes, counts, ends = _to_host(_changes(seen), counts, ends)
+    return _band(seen, counts, ends) or _sequences(seen, changes, counts)
+
+
+def _to_host(*tensors: Tensor) -> list[Tensor]:
+    """Copies in whole numbers: one wait for all of them."""
+    joined = torch.cat([x.flatten() for x in tensors]).cpu()
+    parts = torch.split(joined, [x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors)]
 
 
 def blocks(mask: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -85,10 +93,10 @@ def _changes(seen: Tensor) -> Tensor:
     return F.pad(torch.cat(changes, dim=-1)[:, : seen.shape[1] - 1], (1, 0), value=True)
 
 
-def _band(seen: Tensor, counts: Tensor) -> Band | None:
-    """Guessed from the first and the last row."""
+def _band(seen: Tensor, counts: Tensor, ends: Tensor) -> Band | None:
+    """Guessed from `ends`, the first and the last row."""
     q_len, k_len = seen.shape[1:]
-    top, bottom = (row.nonzero().flatten().tolist() for row in seen[0, :: q_len - 1].cpu())
+    top, bottom = (row.nonzero().flatten().tolist() for row in ends)
     if not (top and bottom):
         return None
     right = -1 if top[-1] == k_len - 1 else top[-1] - (k_len - q_len)
@@ -148,7 +156,7 @@ def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opa
         return refusal
 
     causal = [(row, run) for (_, row, _), (run, *_) in groups.items() if run.causal]
-    wrong = {run for row, run in causal if not _grows_at_the_end(seen[run.sample], run, row)}
+    wrong = _guessed_wrongly(seen, causal)
     if wrong:
         parts = [run.apart() if run in wrong else [run] for run in runs]
         groups = _groups(seen, [part for run in parts for part in run])
@@ -230,15 +238,30 @@ def _runs(changes: Tensor, counts: Tensor, most_keys: int) -> list[_Run] | Opaqu
     return runs
 
 
-def _grows_at_the_end(seen: Tensor, run: _Run, last_row: bytes) -> bool:
-    """Whether each row of a causal run, whose counts rise by one, sees the first of its keys."""
+def _guessed_wrongly(seen: Tensor, causal: list[tuple[bytes, _Run]]) -> set[_Run]:
+    """Of causal runs, each with its last row, those of which some row sees others than its first.
+
+    Their counts rise by one: the first row to see one of the last row's later keys is the one whose
+    turn it is. One wait for all of them.
+    """
+    if not causal:
+        return set()
     k_len = seen.shape[-1]
-    place = torch.full((k_len,), k_len, dtype=torch.int32)
-    place[_positions(last_row)] = torch.arange(run.keys, dtype=torch.int32)
-    counts = torch.arange(run.keys - (run.end - run.start), run.keys, dtype=torch.int32) + 1
-    place, counts = place.to(seen.device), counts.to(seen.device)[:, None]
+    places = torch.full((len(causal), k_len), k_len, dtype=torch.int32)
+    for place, (last_row, run) in zip(places, causal):
+        place[_positions(last_row)] = torch.arange(run.keys, dtype=torch.int32)
+    places = places.to(seen.device)
+    wrong = [_sees_too_early(seen[run.sample], run, p) for p, (_, run) in zip(places, causal)]
+    answers: list[bool] = torch.stack(wrong).tolist()
+    return {run for answer, (_, run) in zip(answers, causal) if answer}
+
+
+def _sees_too_early(seen: Tensor, run: _Run, place: Tensor) -> Tensor:
+    first = run.keys - (run.end - run.start) + 1
+    counts = torch.arange(first, run.keys + 1, dtype=torch.int32, device=seen.device)[:, None]
     rows = seen[None, run.start : run.end]
-    return not any(
+    early = [
         _words(block & (place >= counts[row : row + block.shape[1]])).any()
         for row, block in blocks(rows)
-    )
+    ]
+    return torch.stack(early).any()

@@ -23,10 +23,9 @@ from diffusers_fa3.plans import PlanCache
 
 BY_NAME = {case.name: case for case in CASES}
 
-LEAST_BY_ROW, MOST_BY_ROW = 4, 8
-"""Reads of a mask that depends on the query: what is read of any mask; where rows change; two rows,
-to guess a band from; whether it is one, or a row of each group. And one more for each group that is
-guessed to be causal, of which the models here have up to four."""
+LEAST_BY_ROW, MOST_BY_ROW = 3, 4
+"""Reads of a mask that depends on the query: what is read of any mask; where rows change; whether
+it is a band, or a row of each group; and which groups are causal, where some look like it."""
 
 HANDED_ON = (
     *("bria_fibo", "bria_fibo_outer_mask", "chroma", "cogview4_mask", "cogview4_training"),
