@@ -32,9 +32,8 @@ TABLE = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread to a worker: several would wait for each other, and the models are tiny."""
-    if hasattr(config, "workerinput"):
-        torch.set_num_threads(1)
+    """One thread to a process: several would wait for each other, and the models are tiny."""
+    torch.set_num_threads(1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

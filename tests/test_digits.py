@@ -30,15 +30,6 @@ READABLE = 0.9
 every_attention = pytest.mark.parametrize("attention", ["default", "FA3"])
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep a model this small off the other cores: on a busy machine it would wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shipped() -> DiffusionPipeline:
     pipe = load_pipeline(MODEL_DIR)

@@ -6,13 +6,12 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import quickstart
-import torch
 from comparison import HEAD, LABEL_WIDTH, MARGIN, Comparison, amplification, compare, write_grid
 from digits_task import MODEL_DIR
 from PIL import Image
@@ -22,15 +21,6 @@ from releases import QWENIMAGE_MASKS, needs
 ROOT = Path(__file__).parents[1]
 TEXT_TO_IMAGE = ("text_to_image.py", "--model", str(MODEL_DIR), "--size", "32", "--steps", "4")
 TWO_PROMPTS = ("--prompt", "seven", "--prompt", "a picture of the digit three")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep a model this small off the other cores: on a busy machine it would wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(program: str, *args: str) -> subprocess.CompletedProcess[str]:

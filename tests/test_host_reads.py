@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,15 +42,6 @@ EQUAL_MASKS = ("longcat_audio_dit",)
 
 # flex_attention is compiled where it is called, which no mode survives.
 ON_A_KERNEL = [run for run in RUNS if "flex_attention" not in run[0].unreached]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep models this small off the other cores: on a busy machine they would wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
