@@ -1,31 +1,24 @@
-"""torch.compile sees one op in place of a kernel: whole graphs, no recompilation, same numbers."""
+"""torch.compile and torch.export see one op in place of a kernel, and no read of a mask.
+
+Whole models: `test_compile_models.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-from zoo import CASES, Case, Layout
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from zoo import CASES
 from zoo.budget import assert_within_budget
-from zoo.case import key_mask
-from zoo.watch import watched
+from zoo.case import BATCH, TEXT, key_mask
 
 from diffusers_fa3 import FallbackWarning, attention, coverage, enable_fa3
 from diffusers_fa3.ops import forward_into
 
 BY_NAME = {case.name: case for case in CASES}
-RUNS: list[tuple[str, Layout, str]] = [
-    ("flux", "none", "dense"),
-    ("flux", "gap", "static"),
-    ("sd3", "none", "dense"),
-    *([("qwenimage", "gap", "static")] if "qwenimage" in BY_NAME else []),
-    ("prx", "ragged", "static"),
-    ("pixart", "none", "dense"),
-    ("unet_sd15", "none", "dense"),
-    ("wan_t2v", "none", "dense"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -33,42 +26,9 @@ def fresh() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("name", "layout", "route"), RUNS, ids=[f"{name}-{layout}" for name, layout, _ in RUNS]
-)
-def test_a_model_is_one_graph(name: str, layout: Layout, route: str) -> None:
-    case = BY_NAME[name]
-    default = case.run(case.build(), layout)
-    model = case.build()
-    enable_fa3(model, kernel="reference", fallback="error")
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for _ in range(2):
-        assert_within_budget(case.run(compiled, layout), default, case.exact(layout))
-    (row,) = (row for row in coverage(model).rows if row.name == "compiled graphs")
-    with watched() as log:
-        case.run(case.build(), layout)
-    assert row.calls == {route: 2 * len(log.calls)}
-    assert row.kernel == "reference"
-    assert row.fallbacks == {}
-
-
-def test_layers_steps_and_other_padding_share_one_compilation() -> None:
-    case: Case = BY_NAME["flux"]
-    model = case.build()
-    enable_fa3(model, kernel="reference", fallback="error")
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for layout in ("right", "ragged", "gap", "left", "right"):
-        output = case.run(compiled, layout)
-        assert_within_budget(output, case.run(case.build(), layout), case.exact(layout))
-    assert counter.frame_count == 1
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 def test_inductor_generates_code_around_the_op() -> None:
-    def block(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return attention(q * 2, k, v, mask, kernel="reference") + 1
 
     q, k, v = torch.randn(3, 2, 12, 2, 16)
@@ -76,18 +36,6 @@ def test_inductor_generates_code_around_the_op() -> None:
         mask = key_mask(layout)
         compiled = torch.compile(block, fullgraph=True)
         torch.testing.assert_close(compiled(q, k, v, mask), block(q, k, v, mask))
-
-
-def test_layers_compiled_one_by_one_share_one_compilation() -> None:
-    case = replace(BY_NAME["flux"], config={**BY_NAME["flux"].config, "num_layers": 3})
-    model = case.build()
-    enable_fa3(model, kernel="reference", fallback="error")
-    default = case.run(case.build(), "gap")
-    counter = CompileCounterWithBackend("aot_eager")
-    for block in model.transformer_blocks:
-        block.compile(backend=counter, fullgraph=True)
-    assert_within_budget(case.run(model, "gap"), default, case.exact("gap"))
-    assert counter.frame_count == 1
 
 
 def test_a_mask_that_would_have_to_be_read_is_compiled_as_the_default_attention() -> None:
@@ -119,16 +67,67 @@ def test_gradients_go_to_the_default_attention_with_that_reason() -> None:
     assert reasons == {"gradients under torch.compile"}
 
 
+class Masked(nn.Module):
+    """The call as a module, which is what can be exported."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return attention(q, k, v, mask, kernel="reference")
+
+
+READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_static_route_reads_nothing_and_serves_every_mask(strict: bool, any_size: bool) -> None:
+    q, k, v = torch.randn(3, BATCH, TEXT, 2, 16)
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(
+        Masked(),
+        (q, k, v, key_mask("gap")),
+        dynamic_shapes=(sizes,) * 4 if any_size else None,
+        strict=strict,
+    )
+    nodes = exported.graph.nodes
+    assert torch.ops.diffusers_fa3.forward_into.default in [node.target for node in nodes]
+    for node in nodes:
+        assert not READS.intersection(getattr(node.target, "tags", ())), node
+        assert not free_unbacked_symbols([node.meta.get("val")]), node
+
+    serve = exported.module()
+    for layout in ("gap", "right", "ragged", "left", "all_true"):
+        mask = key_mask(layout)
+        torch.testing.assert_close(serve(q, k, v, mask), Masked()(q, k, v, mask))
+    if any_size:
+        q, k, v = torch.randn(3, 3, 7, 2, 16)
+        mask = torch.arange(21).view(3, 7) % 4 > 1
+        torch.testing.assert_close(serve(q, k, v, mask), Masked()(q, k, v, mask))
+
+
+PACKED = {"ends": torch.tensor([0, 5, 12], dtype=torch.int32)}
+FORMS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "causal": {"causal": True},
+    "window": {"window": (3, 1)},
+    "static": {"seqused_k": torch.tensor([4, 0], dtype=torch.int32)},
+    "packed": PACKED,
+    "packed-causal": {**PACKED, "causal": True},
+    "packed-window": {**PACKED, "window": (3, 1)},
+}
+"""What else than q, k and v the op is called with; `ends` are those of the samples."""
+
+
 @pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_op_keeps_the_rules_of_torch_library(packed: bool, return_lse: bool) -> None:
-    q, k, v = torch.randn(3, 2, 6, 4, 8)
-    ends = None
-    if packed:
+@pytest.mark.parametrize("form", FORMS)
+def test_the_op_keeps_the_rules_of_torch_library(form: str, return_lse: bool) -> None:
+    options = FORMS[form]
+    q, k, v = torch.randn(2, 6, 4, 8), *torch.randn(2, 2, 6, 2, 8)
+    ends = options.get("ends")
+    if ends is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        ends = torch.tensor([0, 5, 12], dtype=torch.int32)
     arguments = (
-        *(q, k, v, torch.empty_like(q), "reference", 0.3, False, -1, -1),
-        *(ends, ends, None, 7, 7, 0, return_lse),
+        *(q, k, v, torch.empty_like(q), "reference", 0.3),
+        *(options.get("causal", False), *options.get("window", (-1, -1))),
+        *(ends, ends, options.get("seqused_k"), 7, 7, 0, return_lse),
     )
     torch.library.opcheck(forward_into, arguments)
