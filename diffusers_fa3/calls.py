@@ -276,12 +276,16 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, as a switched processor sees it."""
+    """`torch.nn.functional.scaled_dot_product_attention`, as a switched processor sees it.
+
+    The default of `dropout_p` is a whole number: where all sizes are dynamic, Dynamo takes a float
+    for a symbol, and compiles anew when it finds out that this one is 0.
+    """
     frame = _running.frame
     if frame is not None:
         if dropout_p > 0:
@@ -310,7 +314,7 @@ def dispatch_attention_fn(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,

@@ -195,3 +195,18 @@ def test_sizes_marked_as_dynamic_share_one_compilation(
 ) -> None:
     marked = torch._dynamo.mark_dynamic
     assert compilations(of(name, **config), layout, marked) == [1, 1, 1, 1]
+
+
+# diffusers 0.36 about itself, in torch 2.9
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_processor_with_all_sizes_dynamic_is_traced_no_more_often_than_by_default() -> None:
+    traced = []
+    for model in (of("flux").build(), switched(of("flux"))):
+        torch._dynamo.reset()
+        graphs = Graphs("aot_eager")
+        layer = model.transformer_blocks[0].attn
+        compiled = torch.compile(layer, backend=graphs, fullgraph=True, dynamic=True)
+        with torch.no_grad():
+            compiled(randn(BATCH, 24, 256), randn(BATCH, TEXT, 256))
+        traced.append(graphs.frame_count)
+    assert traced[1] <= traced[0]
