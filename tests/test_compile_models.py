@@ -151,7 +151,8 @@ def test_layers_compiled_one_by_one_share_one_compilation(name: str) -> None:
     assert graphs.frame_count == 1
 
 
-# Generating code is slow; in this process, and without vectors, it is a third less so.
+@pytest.mark.slow
+# Generating code takes long; in this process, and without vectors, it is a third less so.
 @inductor.patch({"compile_threads": 1, "cpp.simdlen": 1})
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")

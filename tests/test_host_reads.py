@@ -148,6 +148,7 @@ def test_what_came_to_the_host_is_free_from_there_on_and_back_on_the_device_no_m
 # --- models ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "layout"), ON_A_KERNEL, ids=[f"{case.name}-{layout}" for case, layout in ON_A_KERNEL]
 )
