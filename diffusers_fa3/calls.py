@@ -284,7 +284,8 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, as a switched processor sees it.
 
     The default of `dropout_p` is a whole number: where all sizes are dynamic, Dynamo takes a float
-    for a symbol, and compiles anew when it finds out that this one is 0.
+    for a symbol, named after where it was found. The globals that this is called from have another
+    name in each attempt, so that it would not know it again, and try many times.
     """
     frame = _running.frame
     if frame is not None:
