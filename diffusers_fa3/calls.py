@@ -6,8 +6,6 @@ have the signatures of those that they replace, and hand the call to that frame.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import threading
 import warnings
@@ -20,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models import attention_dispatch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_fa3 import host
@@ -32,10 +30,11 @@ from diffusers_fa3.errors import (
     KernelUnavailableError,
     UnsupportedModelError,
 )
+from diffusers_fa3.given import read_arguments
 from diffusers_fa3.masks import Axes2D
 from diffusers_fa3.ops import note_declined
 from diffusers_fa3.outer import sources_of
-from diffusers_fa3.plans import Plan, PlanCache, owner_of
+from diffusers_fa3.plans import Plan, PlanCache
 from diffusers_fa3.providers import KernelChoice
 
 host.check()
@@ -176,90 +175,30 @@ class Frame:
         Many of diffusers' processors build the mask of their attention call anew, in every layer,
         from what they were given; there it is that which is recognised.
         """
-        sources: list[Tensor] = list(sources_of(mask))
-        given: list[Tensor] = []
-        rest: list[object] = []
-        certain = True
-        if _is_of_diffusers(self.layer.processor) and self._read_arguments(given, rest):
-            owners = {id(owner_of(source)) for source in given}
-            if not owners.issuperset(id(owner_of(source)) for source in sources):
-                certain = _follows_from(mask, given)
-                sources = given
-                processor_class = type(self.layer.processor)
-                call = (call, processor_class, self.attention_calls, mask.dtype, mask.shape, *rest)
+        sources, certain = sources_of(mask), True
+        given = read_arguments(self.layer.processor, self.args, self.kwargs)
+        if given is not None and not given.holds(sources):
+            sources, certain = tuple(given.masks), given.settles(mask)
+            made_by = (type(self.layer.processor), self.attention_calls, mask.dtype, mask.shape)
+            call = (call, *made_by, *given.rest)
         plan, made = PLANS.find(sources, call, make, certain)
         self.layer.plans_made += made
         self.layer.plans_reused += not made
         return plan
-
-    def _read_arguments(self, sources: list[Tensor], rest: list[object]) -> bool:
-        """Gather the masks that the processor was given, and all else but activations.
-
-        Whether that is all that a mask which it makes can depend on.
-        """
-        processor_class: Any = type(self.layer.processor)
-        names = _positional_names(processor_class)
-        if len(self.args) > len(names):
-            return False
-        arguments = [*zip(names, self.args), *self.kwargs.items()]
-        return all(_sort(*argument, sources, rest) for argument in arguments)
 
 
 def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
     """What only PyTorch's attention can follow; empty where there is nothing of the kind."""
     if mask is not None and mask.is_meta:
         return "mask on the meta device, where it has no content"
-    # torch gives the function no types
-    for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # torch gives it no types
+    for mode in modes:
         # torch's own give new tensors a device. diffusers' perturbed-attention guidance sets one
         # that has PyTorch's attention return v. One that only looks on says so.
         looks_on = getattr(mode, "leaves_attention_alone", False)
         if not (looks_on or type(mode).__module__.startswith("torch.")):
             return f"{type(mode).__name__} is active, which may replace PyTorch's attention"
     return ""
-
-
-def _follows_from(mask: Tensor, given: list[Tensor]) -> bool:
-    """Whether a mask that a processor makes says no more than the masks that it was given.
-
-    Additive values that differ from query to query may be a bias, of weights and activations, even
-    where this layer's are all 0 (RFD4 Proteina); unless a mask of queries and keys was given.
-    """
-    if not mask.is_floating_point() or mask.shape[-2] == 1 or mask.stride(-2) == 0:
-        return True
-    return any(source.shape[-2:] == mask.shape[-2:] for source in given)
-
-
-def _sort(name: str, value: object, sources: list[Tensor], rest: list[object]) -> bool:
-    """Sort an argument into masks and the rest; False where it could hide a mask."""
-    if isinstance(value, Tensor):
-        if "mask" in name or not (value.is_floating_point() or value.is_complex()):
-            sources.extend(sources_of(value))
-        return True
-    if isinstance(value, tuple | list):
-        return all(_sort(name, item, sources, rest) for item in value)
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        rest.append((name, value))
-        return True
-    if isinstance(value, slice):
-        rest.append((name, value.start, value.stop, value.step))
-        return True
-    if isinstance(value, nn.Module):
-        return True
-    # A cache of keys and values, for one: what it holds is sorted as if it were an argument.
-    return _is_of_diffusers(value) and all(
-        _sort(held, item, sources, rest) for held, item in vars(value).items()
-    )
-
-
-@functools.cache
-def _positional_names(processor_class: type) -> tuple[str, ...]:
-    _, *parameters = inspect.signature(processor_class.__call__).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-
-
-def _is_of_diffusers(processor: object) -> bool:
-    return type(processor).__module__.startswith("diffusers.")
 
 
 class _Running(threading.local):

@@ -239,10 +239,10 @@ def _runs(changes: Tensor, counts: Tensor, most_keys: int) -> list[_Run] | Opaqu
 
 
 def _guessed_wrongly(seen: Tensor, causal: list[tuple[bytes, _Run]]) -> set[_Run]:
-    """Of causal runs, each with its last row, those of which some row sees others than its first.
+    """Those of the causal runs, each with its last row, which are none.
 
-    Their counts rise by one: the first row to see one of the last row's later keys is the one whose
-    turn it is. One wait for all of them.
+    The counts of their rows rise by one. So a run is causal if no row sees, of the last row's keys,
+    any but the first, as many as it counts, nor any other key. One wait for all runs.
     """
     if not causal:
         return set()
@@ -257,6 +257,7 @@ def _guessed_wrongly(seen: Tensor, causal: list[tuple[bytes, _Run]]) -> set[_Run
 
 
 def _sees_too_early(seen: Tensor, run: _Run, place: Tensor) -> Tensor:
+    """Whether a row sees a key before its turn, `place` being each key's in the last row."""
     first = run.keys - (run.end - run.start) + 1
     counts = torch.arange(first, run.keys + 1, dtype=torch.int32, device=seen.device)[:, None]
     rows = seen[None, run.start : run.end]

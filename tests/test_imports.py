@@ -22,6 +22,7 @@ ORDER = (
     "processor",
     "rebind",
     "calls",
+    "given",
     "host",
     "interface",
     "interface_checks",

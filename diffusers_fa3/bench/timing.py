@@ -44,8 +44,7 @@ def _time_cpu(method: Method, inputs: list[object]) -> float:
 
 
 def _time_cuda(method: Method, inputs: list[object]) -> float:
-    # torch gives them no types
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch gives it no types
     start.record()
     for each in inputs:
         method.run(each)
