@@ -13,7 +13,7 @@ from typing import Any
 import benchmark_models
 import pytest
 import torch
-from benchmark_models import MODELS, Model, build, forward_of, made_shallow, made_small, make_inputs
+from published_models import MODELS, Model, build, forward_of, made_shallow, made_small, make_inputs
 from releases import QWENIMAGE_MASKS, has, needs
 
 ROOT = Path(__file__).parents[1]

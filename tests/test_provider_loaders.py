@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -169,15 +171,18 @@ def test_vllm_only_gets_packed_calls(monkeypatch, install, packed):
     q, k, v = (torch.randn(2, 5, 2, 8) for _ in range(3))
     out = torch.empty_like(q)
     used = torch.tensor([5, 3], dtype=torch.int32)
-    got, lse = kernel.forward(
-        q, k, v, softmax_scale=SCALE, seqused_k=used, out=out, return_lse=True
-    )
+    padding = torch.arange(5) >= used[:, None]
     want, want_lse = reference.forward(
         q, k, v, softmax_scale=SCALE, seqused_k=used, return_lse=True
     )
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(lse, want_lse)
-    assert got is out
+    v[padding] = torch.nan
+    for told in (None, padding):
+        got, lse = kernel.forward(
+            q, k, v, softmax_scale=SCALE, seqused_k=used, padding=told, out=out, return_lse=True
+        )
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(lse, want_lse)
+        assert got is out
     last = OPS["vllm"].last
     assert last["cu_seqlens_q"].tolist() == last["cu_seqlens_k"].tolist() == [0, 5, 10]
     assert last["out"].data_ptr() == out.data_ptr()
@@ -330,12 +335,19 @@ class TestFlashAttention4:
 
     def test_its_package_is_found_beside_flash_attn_2(self, install, packed, fake):
         functions = {"flash_attn_varlen_func": fake.varlen, "flash_attn_func": fake.dense}
-        install("flash_attn")
-        install("flash_attn.cute", **functions)
+        install("flash_attn", __path__=[])
+        install("flash_attn.cute", __spec__=ModuleSpec("flash_attn.cute", None), **functions)
         install("flash_attn.cute.interface", _flash_attn_fwd=fake.private)
         kernel = BY_NAME["flash_attn_4"].load()
         agrees(kernel, packed)
         assert kernel.out == "native"
+
+
+def test_two_packages_share_a_name_and_each_may_be_there_alone(install):
+    install("flash_attn", __path__=[])
+    for name, package in (("flash_attn_2", "flash-attn"), ("flash_attn_4", "flash-attn-4")):
+        with pytest.raises(KernelUnavailableError, match=f"pip install {package}$"):
+            BY_NAME[name].load()
 
 
 class AuxRequest(SimpleNamespace):

@@ -62,6 +62,8 @@ def dense_as_packed(forward: Forward) -> Forward:
             "max_seqlen_q": q_len,
             "max_seqlen_k": k_len,
         }
+        if options.get("padding") is not None:
+            options["padding"] = options["padding"].flatten()
         out: Tensor | None = options.pop("out", None)
         # Where out's samples do not follow each other, there is no view of it to write into.
         in_order = out is not None and (batch == 1 or out.stride(0) == q_len * out.stride(1))

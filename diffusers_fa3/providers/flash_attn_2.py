@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.providers.build_flags import version_of
 from diffusers_fa3.providers.contract import Kernel, Limits, Provider
 from diffusers_fa3.providers.public_function import public_forward, public_kvcache
@@ -19,6 +20,11 @@ LIMITS = Limits(
 
 def _load() -> Kernel:
     functions = importlib.import_module("flash_attn")
+    if not hasattr(functions, "flash_attn_varlen_func"):
+        raise KernelUnavailableError(
+            "flash_attn is here without FlashAttention-2, as flash-attn-4 alone installs it: "
+            "pip install flash-attn"
+        )
     forward = public_forward(functions.flash_attn_varlen_func, functions.flash_attn_func)
     kvcache = public_kvcache(functions.flash_attn_with_kvcache)
     return Kernel("flash_attn_2", version_of("flash_attn"), LIMITS, forward, kvcache, out="copy")

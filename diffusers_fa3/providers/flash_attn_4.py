@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
@@ -74,6 +75,11 @@ def bind(
 
 
 def _load() -> Kernel:
+    if find_spec("flash_attn.cute") is None:
+        raise KernelUnavailableError(
+            "flash_attn is here without FlashAttention-4, as flash-attn alone installs it: "
+            "pip install flash-attn-4"
+        )
     functions = importlib.import_module("flash_attn.cute")
     interface = importlib.import_module("flash_attn.cute.interface")
     private = getattr(interface, "_flash_attn_fwd", None)

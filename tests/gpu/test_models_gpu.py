@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu.installed_kernels import usable
 from zoo import RUN_IDS, RUNS, Case, Layout
 from zoo.budget import assert_within_budget
 from zoo.watch import watched
 
-from diffusers_fa3 import available_kernels, coverage, enable_fa3
+from diffusers_fa3 import coverage, enable_fa3
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-
-
-def usable() -> list[str]:
-    if not torch.cuda.is_available():
-        return ["none"]
-    return [
-        row.name for row in available_kernels("cuda") if row.accepted and row.name != "reference"
-    ]
 
 
 CPU_CACHES = ("sana_wm_refiner_kv_cache", "wan_animate2_generation")

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu.installed_kernels import installed, machine
 
-from diffusers_fa3.providers import (
-    PROVIDERS,
-    Request,
-    available_kernels,
-    read_machine,
-    reference,
-    select,
-)
+from diffusers_fa3.providers import Request, kernel_named, reference, rejection_reasons
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-NAMES = [p.name for p in PROVIDERS if not p.on_request]
+NAMES = [*installed(), "reference"]
 SCALE = 0.11
 DTYPE = torch.bfloat16
 Q_LENS, K_LENS = (130, 0, 257, 64), (300, 17, 0, 64)
@@ -62,13 +56,11 @@ def kernel_for(name, options, *, head_dim, dtype=DTYPE, **asked):
         lse=True,
         **asked,
     )
-    machine = read_machine(torch.device("cuda"))
-    if name not in [row.name for row in available_kernels("cuda") if row.accepted]:
-        pytest.skip(f"{name} is not usable here")
-    try:
-        return select(request, machine, name)
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    kernel = kernel_named(name)
+    reasons = rejection_reasons(kernel.limits, machine(), request)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    return kernel
 
 
 def agrees(kernel, q, k, v, **options):

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu.installed_kernels import usable
 from patterns import PATTERNS, B, segments
 from torch import Tensor
 from torch.nn import functional as F
 from zoo.budget import assert_within_budget
 
-from diffusers_fa3 import (
-    KernelUnavailableError,
-    MaskError,
-    attention,
-    available_kernels,
-    plan_packing,
-)
+from diffusers_fa3 import KernelUnavailableError, MaskError, attention, plan_packing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,13 +43,6 @@ LARGE = {
 MASKS = {name: make() for name, (make, _) in PATTERNS.items()} | {
     f"large {name}": mask for name, mask in LARGE.items()
 }
-
-
-def usable() -> list[str]:
-    if not torch.cuda.is_available():
-        return ["none"]
-    rows = available_kernels("cuda")
-    return [row.name for row in rows if row.accepted and row.name != "reference"]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
