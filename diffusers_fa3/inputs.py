@@ -17,25 +17,27 @@ def check_inputs(
         InputError: q, k and v do not belong together.
         MaskError: the mask belongs to another call, or lies on another device.
     """
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+    if not q.ndim == k.ndim == v.ndim == 4:
         raise _bad("q, k and v have 4 axes (B, S, H, D)", q, k, v)
-    if not q_shape[0] == k_shape[0] == v_shape[0]:
+    batch, q_len, heads, head_dim = q.shape
+    k_batch, k_len, k_heads, k_head_dim = k.shape
+    v_batch, v_len, v_heads, _ = v.shape
+    if not batch == k_batch == v_batch:
         raise _bad("q, k and v are of one batch size", q, k, v)
-    if k_shape[1:3] != v_shape[1:3]:
+    if k_len != v_len or k_heads != v_heads:
         raise _bad("k and v are of one length and number of heads", q, k, v)
-    if q_shape[3] != k_shape[3]:
+    if head_dim != k_head_dim:
         raise _bad("q and k are of one head size", q, k, v)
-    if k_shape[2] == 0 or q_shape[2] % k_shape[2]:
+    if k_heads == 0 or heads % k_heads:
         raise _bad("q's number of heads is a multiple of k's", q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise InputError(f"q, k and v are of one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise InputError(f"q, k and v lie on one device; got {q.device}, {k.device}, {v.device}")
-    if causal and (mask is not None or q_shape[1] != k_shape[1]):
+    if causal and (mask is not None or q_len != k_len):
         raise InputError(
             "causal needs as many queries as keys, and no mask: kernels align it at the end of the "
-            f"keys, PyTorch at their beginning; got q_len {q_shape[1]}, k_len {k_shape[1]}, "
+            f"keys, PyTorch at their beginning; got q_len {q_len}, k_len {k_len}, "
             f"{'no mask' if mask is None else 'a mask'}. Pass it as a mask"
         )
     if mask is not None:
