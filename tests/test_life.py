@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
+from gradients import gradients
 from switching import (
     BY_NAME,
     Treatment,
@@ -27,7 +28,6 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import Layout
 from zoo.budget import assert_within_budget
-from zoo.case import cast
 from zoo.watch import watched
 
 from diffusers_fa3 import coverage, disable_fa3, enable_fa3
@@ -289,15 +289,6 @@ def test_a_pipeline_that_is_offloaded_stays_switched() -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def gradients(name: str, layout: Layout, model: nn.Module) -> torch.Tensor:
-    """Of all weights, in one row, from a loss that every output counts in."""
-    case = BY_NAME[name]
-    inputs = cast(case.inputs(layout, 0.0), model.dtype)
-    output = case.pick(model(**inputs, return_dict=False))
-    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
     ("name", "layout"),
@@ -314,7 +305,7 @@ def test_gradients_are_those_of_the_default(name: str, layout: Layout, checkpoin
     model = trained()
     enable_fa3(model, kernel="reference", fallback="error")
     with watched() as log:
-        default = gradients(name, layout, trained())
-    exact = gradients(name, layout, trained(torch.float64))
-    assert_within_budget(gradients(name, layout, model), default, exact)
+        default = gradients(BY_NAME[name], layout, trained())
+    exact = gradients(BY_NAME[name], layout, trained(torch.float64))
+    assert_within_budget(gradients(BY_NAME[name], layout, model), default, exact)
     assert coverage(model).calls == len(log.calls)  # those of the second forward included

@@ -1,0 +1,57 @@
+"""Gradients of models through a real kernel: as close to float64 as the default attention's are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu.installed_kernels import usable
+from gradients import gradients
+from torch import nn
+from zoo import CASES, Layout
+from zoo.budget import assert_within_budget
+from zoo.watch import watched
+
+from diffusers_fa3 import KernelUnavailableError, coverage, enable_fa3
+from diffusers_fa3.providers import kernel_named
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("flux", "none"),
+        ("qwenimage", "gap"),
+        ("unet_sd15", "ragged"),
+        ("chroma", "left"),
+        ("pixart", "right"),
+        ("wan", "none"),
+    ],
+)
+@pytest.mark.parametrize("kernel", usable())
+def test_gradients_in_bfloat16(kernel: str, name: str, layout: Layout, checkpointing: bool) -> None:
+    case = BY_NAME[name]
+
+    def trained(dtype: torch.dtype, device: str) -> nn.Module:
+        model = case.build(dtype).train().to(device)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
+
+    model = trained(torch.bfloat16, "cuda")
+    enable_fa3(model, kernel=kernel, fallback="error")
+    if not kernel_named(kernel).limits.backward:
+        with pytest.raises(KernelUnavailableError, match="built without backward"):
+            gradients(case, layout, model)
+        return
+    with watched() as log:
+        default = gradients(case, layout, trained(torch.bfloat16, "cuda"))
+    exact = gradients(case, layout, trained(torch.float64, "cpu"))
+    assert_within_budget(gradients(case, layout, model).cpu(), default.cpu(), exact)
+    assert coverage(model).calls == len(log.calls)  # those of the second forward included
