@@ -36,15 +36,17 @@ CPU so small that it is laid out in pages used before: fresh ones take longer th
 
 def count_keys(seen: Tensor) -> Tensor:
     """How many keys each row of a (B, Sq, Sk) bool mask sees, (B, Sq)."""
-    if seen.is_cuda:
+    if seen.is_cuda and seen.numel() <= GPU_BLOCK // 8:
         return seen.sum(-1)
-    # A CPU adds bools one by one: here, eight at a time.
+    # A GPU lays bools out as int64 to add them, eight bytes to each. A CPU adds them one by one.
     counts = []
     for _, block in blocks(seen):
-        # A byte for each key: 128 words can be added up before a byte is full.
+        # A byte for each key: 255 words can be added up before a byte is full.
         words = _words(block)
-        sums = words.view(*words.shape[:-1], -1, 128).sum(-1)
-        counts.append(sums.view(torch.uint8).sum(-1))
+        lots = words.shape[-1] // 128
+        first, rest = words.split([lots * 128, words.shape[-1] - lots * 128], dim=-1)
+        sums = [first.unflatten(-1, (lots, 128)).sum(-1), rest.sum(-1, keepdim=True)]
+        counts.append(torch.cat(sums, dim=-1).view(torch.uint8).sum(-1))
     return torch.cat(counts, dim=-1)
 
 
@@ -80,10 +82,12 @@ def blocks(mask: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
 
 
 def _words(seen: Tensor) -> Tensor:
-    """Eight keys to an int64, 0 behind the last one: a multiple of 128 words to a row."""
-    behind = -seen.shape[-1] % 1024
-    whole = F.pad(seen, (0, behind)) if behind else seen.contiguous()
-    return whole.view(torch.int64)
+    """Eight keys to an int64, 0 behind the last one; a view, where a row is of whole words."""
+    behind = -seen.shape[-1] % 8
+    steps = (*seen.stride()[:-1], seen.storage_offset())
+    if not behind and seen.stride(-1) == 1 and not any(step % 8 for step in steps):
+        return seen.view(torch.int64)
+    return F.pad(seen, (0, behind)).contiguous().view(torch.int64)
 
 
 def _changes(seen: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from diffusers_fa3.providers import (
     reference,
     torch_varlen,
 )
+from diffusers_fa3.providers.selection import Selector
 from diffusers_fa3.providers.torch_varlen import Varlen
 from tests.schemas import OPS
 from tests.test_provider_functions import current
@@ -345,9 +346,11 @@ class TestFlashAttention4:
 
 def test_two_packages_share_a_name_and_each_may_be_there_alone(install):
     install("flash_attn", __path__=[])
-    for name, package in (("flash_attn_2", "flash-attn"), ("flash_attn_4", "flash-attn-4")):
-        with pytest.raises(KernelUnavailableError, match=f"pip install {package}$"):
+    for name, other in (("flash_attn_2", "flash-attn-4"), ("flash_attn_4", "flash-attn")):
+        with pytest.raises(KernelUnavailableError, match=f"as {other} alone installs it$"):
             BY_NAME[name].load()
+        with pytest.raises(KernelUnavailableError, match=rf"\({BY_NAME[name].install}\)$"):
+            Selector([BY_NAME[name]]).kernel_named(name)
 
 
 class AuxRequest(SimpleNamespace):

@@ -22,8 +22,7 @@ def _load() -> Kernel:
     functions = importlib.import_module("flash_attn")
     if not hasattr(functions, "flash_attn_varlen_func"):
         raise KernelUnavailableError(
-            "flash_attn is here without FlashAttention-2, as flash-attn-4 alone installs it: "
-            "pip install flash-attn"
+            "flash_attn is here without FlashAttention-2, as flash-attn-4 alone installs it"
         )
     forward = public_forward(functions.flash_attn_varlen_func, functions.flash_attn_func)
     kvcache = public_kvcache(functions.flash_attn_with_kvcache)

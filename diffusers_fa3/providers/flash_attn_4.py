@@ -77,8 +77,7 @@ def bind(
 def _load() -> Kernel:
     if find_spec("flash_attn.cute") is None:
         raise KernelUnavailableError(
-            "flash_attn is here without FlashAttention-4, as flash-attn alone installs it: "
-            "pip install flash-attn-4"
+            "flash_attn is here without FlashAttention-4, as flash-attn alone installs it"
         )
     functions = importlib.import_module("flash_attn.cute")
     interface = importlib.import_module("flash_attn.cute.interface")

@@ -221,7 +221,8 @@ def _judge(kernel: Kernel, request: Request, machine: Machine) -> Kernel | _Refu
 
 def _failure_words(provider: Provider, error: Exception) -> str:
     words = _reason(error)
-    return f"{words} ({provider.install})" if isinstance(error, _NotInstalled) else words
+    lacking = isinstance(error, (_NotInstalled, KernelUnavailableError))
+    return f"{words} ({provider.install})" if lacking else words
 
 
 def _reason(error: Exception) -> str:

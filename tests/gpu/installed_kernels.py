@@ -9,6 +9,7 @@ import torch
 from diffusers_fa3.providers import (
     PROVIDERS,
     Machine,
+    available_kernels,
     kernel_named,
     read_machine,
     rejection_reasons,
@@ -20,22 +21,18 @@ def machine() -> Machine:
     return read_machine(torch.device("cuda"))
 
 
-def installed() -> list[str]:
-    """Providers whose packages are here, those too that serve only by name.
+def usable() -> list[str]:
+    """Kernels that have code for this GPU, those too that serve only by name.
 
-    One that fails to load fails its tests. Without a CUDA device none of them is asked. The hub's
-    kernel is no package: it would have to be downloaded.
+    Without a CUDA device none of them is asked. The hub's kernel is no package: it would have to be
+    downloaded.
     """
     if not torch.cuda.is_available():
         return []
-    here = [p for p in PROVIDERS if p.name != "hub" and all(map(find_spec, p.modules))]
-    return [p.name for p in here if p.cuda]
-
-
-def usable() -> list[str]:
-    """Those of them that have code for this GPU."""
-    return [
-        name
-        for name in installed()
-        if not rejection_reasons(kernel_named(name).limits, machine(), None)
-    ]
+    names = [row.name for row in available_kernels("cuda") if row.accepted]
+    for provider in PROVIDERS:
+        asked_for = provider.on_request and provider.name != "hub"
+        if asked_for and all(map(find_spec, provider.modules)):
+            limits = kernel_named(provider.name).limits
+            names += [] if rejection_reasons(limits, machine(), None) else [provider.name]
+    return [name for name in names if name != "reference"]

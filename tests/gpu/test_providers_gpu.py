@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.installed_kernels import installed, machine
+from gpu.installed_kernels import machine, usable
 
-from diffusers_fa3.providers import Request, kernel_named, reference, rejection_reasons
+from diffusers_fa3.providers import (
+    Request,
+    available_kernels,
+    kernel_named,
+    reference,
+    rejection_reasons,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-NAMES = [*installed(), "reference"]
+NAMES = [*usable(), "reference"]
 SCALE = 0.11
 DTYPE = torch.bfloat16
 Q_LENS, K_LENS = (130, 0, 257, 64), (300, 17, 0, 64)
@@ -82,6 +88,11 @@ def agrees(kernel, q, k, v, **options):
         assert out is None or got is out
         assert (got.double() - truth).abs().max() <= budget
         torch.testing.assert_close(lse.float(), truth_lse.float(), atol=2e-3, rtol=2e-3)
+
+
+def test_what_is_installed_can_be_loaded():
+    broken = [row for row in available_kernels("cuda") if "fails to load" in str(row)]
+    assert broken == []
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 128, 256])
