@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "benchmark_releases.py"
+pytestmark = pytest.mark.slow
 
 
 def run(before: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +27,6 @@ def run(before: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 def test_each_checkout_is_measured_on_its_own_package(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "diffusers_fa3", tmp_path / "diffusers_fa3")
     entry = tmp_path / "diffusers_fa3" / "enable.py"

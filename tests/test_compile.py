@@ -26,6 +26,7 @@ def fresh() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 def test_inductor_generates_code_around_the_op() -> None:
     def block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

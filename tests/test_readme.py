@@ -51,6 +51,7 @@ def test_the_table_of_routes_is_as_measured() -> None:
         assert {*said.splitlines()} > {*measured.splitlines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "routes"])
 def test_tables_of_upstream_are_as_measured(name: str) -> None:
     needs(host.TRIED[1], "has other backends than those in the README's tables")
