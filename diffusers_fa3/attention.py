@@ -6,7 +6,6 @@ lengths, D head size (Dv of v), T packed tokens. Layout (B, S, H, D).
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +27,13 @@ from diffusers_fa3.masks import Axes2D
 from diffusers_fa3.meaning import Opaque
 from diffusers_fa3.ops import choose_for_graph, traceable
 from diffusers_fa3.out import check_out
-from diffusers_fa3.packing import PackingPlan, plan_packing, try_plan
+from diffusers_fa3.packing import PackingPlan, try_plan
 from diffusers_fa3.plans import Plan
 from diffusers_fa3.providers import Kernel, KernelChoice, Request, read_machine, select
 from diffusers_fa3.providers.adapt import without_keys
+
+_UNMASKED = PackingPlan("dense", 0, 0, 0)
+"""Of no sizes: tensors go to the kernel as they are, whatever they are."""
 
 FindPlan = Callable[[Tensor, object, Callable[[], Plan]], Plan]
 """Finds the plan for a mask and the rest of the call again, or has it made."""
@@ -243,9 +245,9 @@ def _plan(
 ) -> Plan:
     if isinstance(mask, PackingPlan):
         return mask
-    if mask is None and not torch.compiler.is_compiling():
-        return _plan_dense(sizes[0], sizes[2], sizes[3])
-    in_graph = mask is not None and _is_recorded(mask)
+    if mask is None:
+        return _UNMASKED
+    in_graph = _is_recorded(mask)
     if in_graph and not seqused:
         return Opaque("mask in a graph, on a kernel without seqused_k")
 
@@ -255,15 +257,9 @@ def _plan(
     def make() -> Plan:
         return try_plan(mask, sizes, axes_2d=axes_2d, **options)
 
-    if mask is None or find_plan is None or in_graph:
+    if find_plan is None or in_graph:
         return make()
     return find_plan(mask, (sizes, axes_2d, seqused, pack_queries), make)
-
-
-@functools.lru_cache
-def _plan_dense(batch: int, q_len: int, k_len: int) -> PackingPlan:
-    """Kept, since most calls have no mask and nothing else to wait for."""
-    return plan_packing(None, batch=batch, q_len=q_len, k_len=k_len)
 
 
 def _is_recorded(mask: Tensor) -> bool:

@@ -44,8 +44,9 @@ def count_keys(seen: Tensor) -> Tensor:
         # A byte for each key: 255 words can be added up before a byte is full.
         words = _words(block)
         lots = words.shape[-1] // 128
-        first, rest = words.split([lots * 128, words.shape[-1] - lots * 128], dim=-1)
-        sums = [first.unflatten(-1, (lots, 128)).sum(-1), rest.sum(-1, keepdim=True)]
+        first, rest = torch.split(words, [lots * 128, words.shape[-1] - lots * 128], dim=-1)
+        lots_of_128 = first.view(*first.shape[:-1], lots, 128)
+        sums = [lots_of_128.sum(-1), rest.sum(-1, keepdim=True)]
         counts.append(torch.cat(sums, dim=-1).view(torch.uint8).sum(-1))
     return torch.cat(counts, dim=-1)
 

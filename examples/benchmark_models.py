@@ -1,4 +1,4 @@
-"""Whole diffusers transformers at real sizes: one forward on the default attention and on this one.
+"""Whole diffusers models at real sizes: one forward on the default attention and on this one.
 
 Configurations are the published ones, weights random: time, memory and routes do not depend on
 them. The mask is copied in every forward, so that it is read and planned anew each time.

@@ -1,4 +1,4 @@
-"""Whole diffusers transformers on two checkouts of this project, a forward of each in turns.
+"""Whole diffusers models on two checkouts of this project, a forward of each in turns.
 
     git worktree add ../before SOME_COMMIT
     python examples/benchmark_releases.py ../before --models flux chroma

@@ -1,4 +1,4 @@
-"""diffusers transformers at their published sizes, with random weights and inputs.
+"""diffusers models at their published sizes, with random weights and inputs.
 
 Time, memory and routes do not depend on weights.
 """
@@ -18,6 +18,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
     WanTransformer3DModel,
 )
 from torch import Tensor, nn
@@ -134,6 +135,18 @@ def conditioned_image(config: Config, size: Size) -> Inputs:
     """The same, without the conditions that it may have."""
     conditions = {"resolution": None, "aspect_ratio": None}
     return image(config, size) | {"added_cond_kwargs": conditions}
+
+
+def latents_with_sizes(config: Config, size: Size) -> Inputs:
+    """SDXL's latents, with a summary of the text and the sizes that it is conditioned on."""
+    width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    added = {"text_embeds": torch.randn(size.batch, width), "time_ids": torch.ones(size.batch, 6)}
+    inputs = image(config, size)
+    return {
+        "sample": inputs["hidden_states"],
+        "timestep": inputs["timestep"],
+        "added_cond_kwargs": added,
+    }
 
 
 MODELS = (
@@ -286,6 +299,36 @@ MODELS = (
             "caption_projection_dim": 128,
             "pooled_projection_dim": 32,
         },
+    ),
+    Model(
+        "sdxl",  # Stable Diffusion XL, 1024 x 1024
+        UNet2DConditionModel,
+        {
+            "sample_size": 128,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "in_channels": 4,
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        Size(2, 1, 64, 64, text=77),
+        latents_with_sizes,
+        text_width="cross_attention_dim",
+        small={
+            "block_out_channels": (32, 64, 64),
+            "transformer_layers_per_block": 1,
+            "attention_head_dim": (2, 4, 4),
+            "cross_attention_dim": 32,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 80,
+        },
+        depths=(),
     ),
     Model(
         "pixart",  # PixArt-Sigma XL, 1024 x 1024

@@ -28,6 +28,7 @@ FULL = {
     "hunyuanvideo15": 8.3e9,
     "wan": 1.42e9,
     "sd3": 2.24e9,
+    "sdxl": 2.57e9,
     "pixart": 0.61e9,
 }
 """Parameters of the published models."""

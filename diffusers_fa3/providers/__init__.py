@@ -54,9 +54,11 @@ def available_kernels(device: torch.device | str | None = None) -> KernelTable:
         A row for each, in order of preference; printed, they are a table. Providers that serve only
         by name (their import is heavy, or downloads) are not loaded for this.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _selector.available(read_machine(torch.device(device)))
+    has_cuda = torch.cuda.is_available()
+    device = torch.device(("cuda" if has_cuda else "cpu") if device is None else device)
+    if has_cuda and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _selector.available(read_machine(device))
 
 
 __all__ = [

@@ -26,16 +26,12 @@ class Machine(NamedTuple):
     """Compute capability, e.g. (9, 0) for H100; None where there is no CUDA device."""
 
 
-def read_machine(device: torch.device) -> Machine:
-    """The facts of the machine behind `device`: the only place that asks for them."""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _read(device)
-
-
 @cache
-def _read(device: torch.device) -> Machine:
-    """A device does not change: asked once, since an attention call cannot wait for the answer."""
+def read_machine(device: torch.device) -> Machine:
+    """The facts of the machine behind a tensor's device: the only place that asks for them.
+
+    A device does not change: asked once, since an attention call cannot wait for the answer.
+    """
     if device.type != "cuda" or not torch.cuda.is_available():
         return Machine(device.type, None)
     return Machine("cuda", torch.cuda.get_device_capability(device))

@@ -18,7 +18,7 @@ from diffusers_fa3.providers import (
 
 def machine() -> Machine:
     """This one."""
-    return read_machine(torch.device("cuda"))
+    return read_machine(torch.device("cuda", 0))
 
 
 def usable() -> list[str]:
