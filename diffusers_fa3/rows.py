@@ -41,12 +41,11 @@ def count_keys(seen: Tensor) -> Tensor:
     # A GPU lays bools out as int64 to add them, eight bytes to each. A CPU adds them one by one.
     counts = []
     for _, block in blocks(seen):
-        # A byte for each key: 255 words can be added up before a byte is full.
         words = _words(block)
-        lots = words.shape[-1] // 128
-        first, rest = torch.split(words, [lots * 128, words.shape[-1] - lots * 128], dim=-1)
-        lots_of_128 = first.view(*first.shape[:-1], lots, 128)
-        sums = [lots_of_128.sum(-1), rest.sum(-1, keepdim=True)]
+        # A byte for each key is full at 256.
+        whole = words.shape[-1] // 128 * 128
+        lots = words[..., :whole].view(*words.shape[:-1], -1, 128)
+        sums = [lots.sum(-1), words[..., whole:].sum(-1, keepdim=True)]
         counts.append(torch.cat(sums, dim=-1).view(torch.uint8).sum(-1))
     return torch.cat(counts, dim=-1)
 
