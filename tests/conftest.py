@@ -8,6 +8,7 @@ import pytest
 import support
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 # A loaded machine is slow at times, which says nothing of the code.
 settings.register_profile(
@@ -22,6 +23,7 @@ settings.register_profile(
     settings.get_profile("ci"),
     max_examples=600,
     derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),  # what failed is tried first
     print_blob=True,
 )
 settings.load_profile("ci")
