@@ -8,6 +8,8 @@ from zoo import CASES, RUN_IDS, RUNS, Case, Layout
 from zoo.budget import budget, error
 from zoo.watch import Log, first_keys, key_lost_in, replaced, watched, without_mask
 
+pytestmark = pytest.mark.slow
+
 # A wrong attention call must move the output by this many times what a parity test allows.
 SENSITIVITY = 10
 
