@@ -85,7 +85,7 @@ def note_declined(owner: int, reason: str, warn: bool) -> None:
         warnings.warn(f"compiled as the default attention: {reason}", FallbackWarning, stacklevel=2)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # likewise
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def choose_for_graph(device: torch.device, kernel: str, *request: Any) -> tuple[str, bool, str]:
     """`select`, in constants: name, whether it has seqused_k, and why there is none.
 

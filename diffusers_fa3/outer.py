@@ -59,7 +59,7 @@ class OuterMask(Tensor):
     def __init__(self, queries: Tensor, keys: Tensor) -> None:
         pass  # all is done where the tensor is made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch types it as a method
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no method of a class

@@ -36,13 +36,13 @@ CPU so small that it is laid out in pages used before: fresh ones take longer th
 
 def count_keys(seen: Tensor) -> Tensor:
     """How many keys each row of a (B, Sq, Sk) bool mask sees, (B, Sq)."""
+    # A GPU lays bools out as int64 to add them, and a CPU adds them one by one.
     if seen.is_cuda and seen.numel() <= GPU_BLOCK // 8:
         return seen.sum(-1)
-    # A GPU lays bools out as int64 to add them, eight bytes to each. A CPU adds them one by one.
     counts = []
     for _, block in blocks(seen):
         words = _words(block)
-        # A byte for each key is full at 256.
+        # Eight keys at a time, a byte for each, which is full at 256.
         whole = words.shape[-1] // 128 * 128
         lots = words[..., :whole].view(*words.shape[:-1], -1, 128)
         sums = [lots.sum(-1), words[..., whole:].sum(-1, keepdim=True)]

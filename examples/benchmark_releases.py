@@ -39,8 +39,8 @@ class Cost:
     ms: float
     """Median."""
     times_ms: tuple[float, ...]
-    peak_gb: float
-    """Most memory allocated, weights included; 0: not on a GPU."""
+    peak_gb: float | None
+    """Most memory allocated, weights included; None: not on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Checkout:
     def cost(self) -> Cost:
         """What it took so far, but for the first forwards."""
         times = self._times[WARM_UP:]
-        peak = torch.cuda.max_memory_allocated() if self._device == "cuda" else 0
-        return Cost(statistics.median(times), tuple(times), peak / 1e9)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if self._device == "cuda" else None
+        return Cost(statistics.median(times), tuple(times), peak)
 
 
 class Process(BaseManager):
@@ -116,9 +116,9 @@ def measure(model: Model, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def commit_of(path: Path) -> str:
-    """Which commit a checkout is of, with its date."""
-    log = ["git", "-C", str(path), "log", "-1", "--format=%h of %cs"]
-    return subprocess.run(log, capture_output=True, text=True).stdout.strip() or str(path)
+    """Which commit a checkout is of, and whether it was edited since."""
+    describe = ["git", "-C", str(path), "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or str(path)
 
 
 def table(rows: list[Row]) -> str:
@@ -127,8 +127,9 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         share = "no mask" if row.share is None else f"{100 * row.share:.3g}%"
         times = f"{row.before.ms:.1f} ms | {row.after.ms:.1f} ms | {row.speedup:.2f}x"
-        peaks = f"{row.before.peak_gb:.1f} / {row.after.peak_gb:.1f} GB"
-        lines.append(f"| {row.model} | {share} | {times} | {peaks} |")
+        peaks = (cost.peak_gb for cost in (row.before, row.after))
+        memory = " / ".join("-" if peak is None else f"{peak:.1f} GB" for peak in peaks)
+        lines.append(f"| {row.model} | {share} | {times} | {memory} |")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from zoo import RUN_IDS, RUNS, Case, Layout
 from zoo.budget import assert_within_budget
 from zoo.watch import watched
 
-from diffusers_fa3 import coverage, enable_fa3
+from diffusers_fa3 import KernelUnavailableError, coverage, enable_fa3
 from diffusers_fa3.providers import kernel_named
 
 pytestmark = [
@@ -27,14 +27,19 @@ CPU_CACHES = ("sana_wm_refiner_kv_cache", "wan_animate2_generation")
 def test_a_model_in_bfloat16(case: Case, layout: Layout, kernel: str) -> None:
     if case.name in CPU_CACHES:
         pytest.skip("its caches are made on the CPU")
-    if (case.name, kernel) == ("ace_step", "fa3_fwd"):
-        pytest.skip("fa3_fwd is built without a sliding window")
     model = case.build(torch.bfloat16).to("cuda")
     with watched() as log:
         default = case.run(model, layout)
-    most = kernel_named(kernel).limits.max_head_dim
-    if any(call.q[-1] % 8 or call.q[-1] > most for call in log.calls):
-        pytest.skip("a head size that the kernel does not have")
+    limits = kernel_named(kernel).limits
+    served = (limits.window or case.name != "ace_step") and all(
+        call.q[-1] % limits.head_dim_multiple == 0 and call.q[-1] <= limits.max_head_dim
+        for call in log.calls
+    )
+    if not served:
+        enable_fa3(model, kernel=kernel, fallback="error")
+        with pytest.raises(KernelUnavailableError, match=r"serves head sizes|without window"):
+            case.run(model, layout)
+        return
     exact = case.exact(layout)
 
     left = case.refusal or case.unreached

@@ -8,7 +8,6 @@ from gpu.installed_kernels import usable
 from gradients import gradients
 from torch import nn
 from zoo import CASES, Layout
-from zoo.budget import FACTOR
 from zoo.watch import watched
 
 from diffusers_fa3 import KernelUnavailableError, coverage, enable_fa3
@@ -57,5 +56,5 @@ def test_gradients_in_bfloat16(kernel: str, name: str, layout: Layout, checkpoin
     error, allowed = (
         (g.cpu().double() - exact).norm() for g in (gradients(case, layout, model), default)
     )
-    assert error <= FACTOR * allowed
+    assert error <= 1.5 * allowed, f"{error / allowed:.2f} times the default's error"
     assert coverage(model).calls == len(log.calls)  # those of the second forward included
