@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from diffusers_fa3 import KernelUnavailableError, MaskError, attention, plan_packing, rows
 from diffusers_fa3.masks import read_mask
 from diffusers_fa3.meaning import Opaque, Sequences
+from diffusers_fa3.plans import _same
 
 H, D = 2, 8
 
@@ -187,3 +188,27 @@ def test_the_limit_of_groups_holds_for_rows_that_were_taken_apart(
         mask[row, keys] = True
     monkeypatch.setattr(rows, "MOST_GROUPS", 2)
     assert read(mask[None, None]) == Opaque("mask that depends on the query, in 3 groups of rows")
+
+
+def zeros(width: int) -> Tensor:
+    return torch.zeros(2, 1, 64, width, dtype=torch.bool)
+
+
+VIEWS = {
+    "from the second key on": lambda: zeros(72)[..., 1:65],
+    "every second key": lambda: zeros(128)[..., ::2],
+    "rows at odd steps": lambda: zeros(65)[..., :64],
+    "transposed": lambda: zeros(64).mT,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("pattern", ["causal", "blocks"])
+def test_a_mask_may_lie_anyhow_in_memory(pattern: str, view: str) -> None:
+    """Keys are counted and compared eight at a time, which not every view allows."""
+    place = torch.arange(64)
+    seen = place[:, None] >= place if pattern == "causal" else (place // 16)[:, None] >= place // 16
+    mask = VIEWS[view]()
+    mask.copy_(seen)
+    sizes = {"batch": 2, "q_len": 64, "k_len": 64}
+    assert _same(plan_packing(mask, **sizes), plan_packing(mask.contiguous(), **sizes))
