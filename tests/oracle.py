@@ -37,7 +37,13 @@ def oracle(
     return out, lse
 
 
-def close(got: Tensor, want: Tensor, rounding: Tensor | None = None) -> None:
-    """Equal up to the rounding of got's dtype, of values of about 1."""
+def close(got: Tensor, want: Tensor, rounding: Tensor | None = None, logits: float = 1.0) -> None:
+    """Equal up to the rounding of got's dtype, of values of about 1.
+
+    Args:
+        rounding: of whose dtype instead.
+        logits: the largest. A logit is off by eps times itself, the weights of its keys likewise.
+    """
     eps = torch.finfo(got.dtype).eps if rounding is None else torch.finfo(rounding.dtype).eps
-    torch.testing.assert_close(got.double(), want.double(), atol=8 * eps, rtol=8 * eps)
+    allowed = 8 * eps * max(logits, 1.0)
+    torch.testing.assert_close(got.double(), want.double(), atol=allowed, rtol=allowed)
