@@ -7,6 +7,7 @@ import torch
 from gpu.installed_kernels import usable
 from gradients import gradients
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import CASES, Layout
 from zoo.watch import watched
 
@@ -19,6 +20,12 @@ pytestmark = [
 ]
 
 BY_NAME = {case.name: case for case in CASES}
+
+SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN, which the default is on an H100: its backward gives NaN, or anything, at 28 tokens.
+
+Seen with torch 2.11 and cuDNN 9.19; https://github.com/pytorch/pytorch/issues/196678 has a cause.
+"""
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -49,7 +56,7 @@ def test_gradients_in_bfloat16(kernel: str, name: str, layout: Layout, checkpoin
         with pytest.raises(KernelUnavailableError, match="built without backward"):
             gradients(case, layout, model)
         return
-    with watched() as log:
+    with watched() as log, sdpa_kernel(SOUND):
         default = gradients(case, layout, trained(torch.bfloat16, "cuda"))
     exact = gradients(case, layout, trained(torch.float64, "cpu"))
     # Of all weights together: the worst of them differs from run to run, on the default as well.
