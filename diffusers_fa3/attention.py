@@ -133,7 +133,7 @@ def _launch(
         return chosen.forward(
             q, k, v, softmax_scale=softmax_scale, causal=causal, out=out, return_lse=return_lse
         )
-    packed_q, packed_k, packed_v = plan.pack(q, k, v)
+    packed_q, packed_k, packed_v = plan.pack(q, k, v, chosen.reads_padding)
     result, lse = chosen.forward(
         packed_q,
         packed_k,
@@ -146,7 +146,7 @@ def _launch(
         seqused_k=plan.seqused_k,
         max_seqlen_q=plan.max_seqlen_q,
         max_seqlen_k=plan.max_seqlen_k,
-        padding=plan.padding,
+        padding_is_safe=plan.rows_v is not None and chosen.reads_padding,
         out=plan.buffer(out),
         return_lse=return_lse,
     )
@@ -212,6 +212,7 @@ class _ForGraph(NamedTuple):
 
     name: str
     seqused_k: bool
+    reads_padding: bool
     forward: Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -224,7 +225,7 @@ def _choose(
         name, seqused_k, refusal = choose_for_graph(device, kernel, *request)
         if refusal:
             return Declined(refusal, KernelUnavailableError(refusal))
-        return _ForGraph(name, seqused_k, traceable(name, owner))
+        return _ForGraph(name, seqused_k, False, traceable(name, owner))
     try:
         return select(request, read_machine(device), kernel)
     except KernelUnavailableError as error:

@@ -117,7 +117,7 @@ def traceable(kernel: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | N
         max_seqlen_k: int | None = None,
         causal: bool = False,
         window: tuple[int, int] = (-1, -1),
-        padding: Tensor | None = None,
+        padding_is_safe: bool = False,
         out: Tensor | None = None,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:

@@ -39,8 +39,9 @@ class PackingPlan:
     k_len: int
     seqused_k: Tensor | None = None
     """int32 (B,): valid keys of each sample. Routes seqused and static."""
-    padding: Tensor | None = None
-    """bool (B, Sk): which keys, of those that go to the kernel, `seqused_k` leaves out."""
+    rows_v: Tensor | None = None
+    """int64 (B * S): for each key that goes to the kernel, where in B * Sk its value is taken from,
+    if that of padding must not be seen: there, from the sample's first key. Route seqused."""
     cu_seqlens_q: Tensor | None = None
     """int32 (B + 1,): where each sample's queries begin and end. Route packed, as all below."""
     cu_seqlens_k: Tensor | None = None
@@ -64,14 +65,21 @@ class PackingPlan:
     """A second launch, for queries that see keys causally where others do not, or the other way
     round. Each launch gives rows of 0 for the queries of the other: the output is their sum."""
 
-    def pack(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, H, D) tensors as the kernel takes them: (T, H, D) on route packed."""
+    def pack(
+        self, q: Tensor, k: Tensor, v: Tensor, reads_padding: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, H, D) tensors as the kernel takes them: (T, H, D) on route packed.
+
+        `reads_padding`: the kernel weighs values that `seqused_k` leaves out by 0, instead of
+        leaving them out. Then `v` has a valid one there, since NaN and inf survive that.
+        """
         if self.route == "static":
             return q, _take(k, self.indices_k).view_as(k), _take(v, self.indices_k).view_as(v)
         if self.route != "packed":
-            if self.first_key or self.end_key is not None:
-                k, v = (x[:, self.first_key : self.end_key] for x in (k, v))
-            return q, k, v
+            seen = slice(self.first_key, self.end_key)
+            if self.rows_v is not None and reads_padding:
+                return q, k[:, seen], _take(v, self.rows_v).view(self.batch, -1, *v.shape[2:])
+            return (q, k, v) if seen == slice(0, None) else (q, k[:, seen], v[:, seen])
         return _take(q, self.indices_q), _take(k, self.indices_k), _take(v, self.indices_k)
 
     def buffer(self, out: Tensor | None) -> Tensor | None:
@@ -304,7 +312,10 @@ def _plan_leading(
     plan = PackingPlan("seqused", batch, q_len, k_len, end_key=end if end < k_len else None)
     if min(k_lens) == end:
         return plan
-    return replace(plan, seqused_k=keys.sum(-1, dtype=torch.int32), padding=~keys[:, :end])
+    first = torch.arange(0, batch * k_len, k_len, device=keys.device)
+    behind = torch.arange(end, device=keys.device) * keys[:, :end]
+    rows_v = (first[:, None] + behind).flatten()
+    return replace(plan, seqused_k=keys.sum(-1, dtype=torch.int32), rows_v=rows_v)
 
 
 def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:

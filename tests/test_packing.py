@@ -42,9 +42,9 @@ def test_valid_keys_in_front_are_counted_not_copied() -> None:
     assert plan.seqused_k is not None
     assert plan.seqused_k.dtype == torch.int32
     assert plan.seqused_k.tolist() == [2, 6, 0]
-    assert plan.padding.equal(torch.arange(SK) >= plan.seqused_k[:, None])
     k = rows(SK)
-    assert plan.pack(rows(SQ), k, k)[1] is k
+    _, kept, values = plan.pack(rows(SQ), k, k)
+    assert kept is values is k
 
 
 def test_keys_end_with_the_longest_sample() -> None:
@@ -53,13 +53,25 @@ def test_keys_end_with_the_longest_sample() -> None:
     _, kept, _ = plan.pack(rows(SQ), k, k)
     assert kept.equal(k[:, :3])
     assert kept.data_ptr() == k.data_ptr()
-    assert plan.padding.tolist() == [[False, False, True], [False] * 3, [True] * 3]
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_values_of_padding_are_not_given_to_a_kernel_that_reads_them(heads_first: bool) -> None:
+    plan = plan_of([[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    v = rows(SK)
+    if heads_first:
+        v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    _, _, values = plan.pack(rows(SQ), v, v, reads_padding=True)
+    taken = torch.tensor([[0, 1, 0], [0, 1, 2], [0, 0, 0]])
+    assert values.equal(v[torch.arange(B)[:, None], taken])
 
 
 def test_samples_of_one_length_need_no_count() -> None:
     plan = plan_of([[1, 1, 0, 0, 0, 0]] * B)
     assert (plan.route, plan.end_key) == ("seqused", 2)
-    assert plan.seqused_k is plan.padding is None
+    assert plan.seqused_k is plan.rows_v is None
+    k = rows(SK)
+    assert plan.pack(rows(SQ), k, k, reads_padding=True)[2].data_ptr() == k.data_ptr()
 
 
 def test_of_samples_without_any_key_the_kernel_is_told() -> None:

@@ -176,10 +176,17 @@ def test_vllm_only_gets_packed_calls(monkeypatch, install, packed):
     want, want_lse = reference.forward(
         q, k, v, softmax_scale=SCALE, seqused_k=used, return_lse=True
     )
-    v[padding] = torch.nan
-    for told in (None, padding):
+    unsafe = v.masked_fill(padding[..., None, None], torch.nan)
+    for values, is_safe in ((unsafe, False), (v, True)):
         got, lse = kernel.forward(
-            q, k, v, softmax_scale=SCALE, seqused_k=used, padding=told, out=out, return_lse=True
+            q,
+            k,
+            values,
+            softmax_scale=SCALE,
+            seqused_k=used,
+            padding_is_safe=is_safe,
+            out=out,
+            return_lse=True,
         )
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(lse, want_lse)

@@ -237,8 +237,12 @@ def test_float8_values_are_zeroed_as_well():
     assert zeroed.float()[:, :, 0, 0].tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
 
 
-def test_padding_that_is_known_is_not_found_out():
-    v = torch.full((2, 5, 2, 8), torch.nan)
-    padding = torch.tensor([[True] * 5, [False, True, True, True, True]])
-    zeroed = without_padding(v, None, None, padding)
-    assert zeroed.isnan()[:, :, 0, 0].tolist() == [[False] * 5, [True, *[False] * 4]]
+@pytest.mark.parametrize("is_safe", [False, True])
+@every_op
+def test_values_go_to_the_op_as_they_are_where_padding_is_safe(name, is_safe):
+    q, k, v = tensors(2, 5, 2, 8)
+    recording = OPS[name]
+    RawOp(recording.op, name).forward(
+        q, k, v, softmax_scale=SCALE, seqused_k=ends(5, 3), padding_is_safe=is_safe
+    )
+    assert (recording.last["v"].data_ptr() == v.data_ptr()) == is_safe

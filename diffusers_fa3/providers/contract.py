@@ -72,6 +72,8 @@ class Limits:
     lse: bool = True
     backward: bool = False
     kvcache: bool = True
+    reads_padding: bool = True
+    """Whether it weighs values behind a sample's `seqused_k` by 0, instead of leaving them out."""
     seqused_k_backward: bool = False
     """Whether seqused_k may be given where gradients are needed."""
 
@@ -147,8 +149,8 @@ class Forward(Protocol):
 
     Packed q (Tq, H, D), k (Tk, Hk, D), v (Tk, Hk, Dv) with int32 cu_seqlens of (B + 1); or dense
     q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) without. `seqused_k` (B,) int32 counts the
-    valid keys of each sample, from its first; legal with both. `padding`, bool (B, Sk), says of a
-    dense call the same, to a kernel that would have to find it out. `softmax_scale` is a number.
+    valid keys of each sample, from its first; legal with both. `padding_is_safe` says that v has no
+    NaN nor inf behind them that valid keys do not have. `softmax_scale` is a number.
     `causal` is bottom-right aligned. `window` counts keys to the left and right, -1 is unlimited.
     Returns (out, lse): out like q with v's head size, lse fp32, natural log, (H, Tq) packed or
     (B, H, Sq) dense, None unless asked for. Rows without a valid key are 0, their lse is -inf.
@@ -172,7 +174,7 @@ class Forward(Protocol):
         q_descale: torch.Tensor | None = None,
         k_descale: torch.Tensor | None = None,
         v_descale: torch.Tensor | None = None,
-        padding: torch.Tensor | None = None,
+        padding_is_safe: bool = False,
         out: torch.Tensor | None = None,
         return_lse: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -197,6 +199,11 @@ class Kernel:
     def seqused_k(self) -> bool:
         """Whether it takes a number of valid keys for each sample."""
         return self.limits.seqused_k
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether NaN behind these keys, in v, would reach the output."""
+        return self.limits.reads_padding
 
 
 @dataclass(frozen=True)

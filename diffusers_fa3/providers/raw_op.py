@@ -116,15 +116,15 @@ class RawOp:
         q_descale: Tensor | None = None,
         k_descale: Tensor | None = None,
         v_descale: Tensor | None = None,
-        padding: Tensor | None = None,
+        padding_is_safe: bool = False,
         out: Tensor | None = None,
         return_lse: bool = False,
     ) -> Result:
         """See `Forward`."""
         if not (q.numel() and k.numel()):  # what `shielded` does, at half its price
             return without_keys(q, k, v, out, return_lse)
-        if seqused_k is not None:
-            v = without_padding(v, seqused_k, cu_seqlens_k, padding)
+        if seqused_k is not None and not padding_is_safe:
+            v = without_padding(v, seqused_k, cu_seqlens_k)
         arguments, place = self._fill.copy(), self._place
         arguments[place["softmax_scale"]] = float(softmax_scale)
         arguments[place["seqused_k"]] = seqused_k

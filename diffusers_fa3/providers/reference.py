@@ -22,6 +22,7 @@ LIMITS = Limits(
     max_head_dim=2**31,
     head_dim_multiple=1,
     backward=True,
+    reads_padding=False,
     seqused_k_backward=True,
 )
 
@@ -43,7 +44,7 @@ def forward(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    padding: Tensor | None = None,
+    padding_is_safe: bool = False,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Result:

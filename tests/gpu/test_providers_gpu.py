@@ -6,6 +6,7 @@ import pytest
 import torch
 from gpu.installed_kernels import machine, usable
 
+from diffusers_fa3 import attention
 from diffusers_fa3.providers import (
     Request,
     available_kernels,
@@ -124,6 +125,20 @@ def test_padded_samples_with_their_number_of_keys(name, option):
     k[2, 77:] = torch.nan
     v[2, 77:] = torch.nan
     agrees(kernel, q, k, v, seqused_k=used, **options)
+
+
+@pytest.mark.parametrize("length", [200, 130])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_that_is_not_a_number(name, length):
+    q, k, v = tensors((4, 130), (4, 200), 128)
+    used = torch.tensor([length, 0, 77, 1], device="cuda")
+    mask = torch.arange(200, device="cuda") < used[:, None]
+    clean = attention(q, k, v, mask, kernel=name)
+    k[~mask] = v[~mask] = torch.nan
+    assert torch.equal(attention(q, k, v, mask, kernel=name), clean)
+    want = attention(q.double(), k.double(), v.double(), mask, kernel="reference")
+    assert (clean.double() - want).abs().max() < 0.02
+    assert not clean[1].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
