@@ -142,6 +142,32 @@ def test_what_lies_at_padded_keys_never_matters(padding: str, garbage: float) ->
     assert torch.equal(attention(q, k, v, mask, kernel="reference"), clean)
 
 
+def weighing_padding_by_0(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale):
+    """As FlashAttention-3 does with what lies in the last tile of a sample, in fp32."""
+    out = torch.zeros(*q.shape[:2], v.shape[2])
+    samples = zip(*(ends.tolist() for ends in (cu_seqlens_q, cu_seqlens_k)), strict=True)
+    begins_q, begins_k = next(samples)
+    for (end_q, end_k), used in zip(samples, seqused_k.tolist(), strict=True):
+        of_q, of_k = slice(begins_q, end_q), slice(begins_k, end_k)
+        begins_q, begins_k = end_q, end_k
+        if used:
+            logits = torch.einsum("qhd,khd->hqk", q[of_q], k[of_k]) * softmax_scale
+            logits[..., used:] = -torch.inf
+            out[of_q] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[of_k])
+    return out
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_a_kernel_that_weighs_padding_by_0_is_not_given_any(garbage: float) -> None:
+    mask = PADDINGS["an empty sample"]
+    assert mask is not None
+    q, k, v = tensors().to(torch.float32)
+    expected = attention(q, k, v, mask, kernel="reference")
+    v = v.masked_fill(~mask[:, :, None, None], garbage)
+    got = attention(q, k, v, mask, kernel=weighing_padding_by_0)
+    torch.testing.assert_close(got, expected)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     seed=st.integers(0, 2**16),
