@@ -41,7 +41,8 @@ class PackingPlan:
     """int32 (B,): valid keys of each sample. Routes seqused and static."""
     rows_v: Tensor | None = None
     """int64 (B * S): for each key that goes to the kernel, where in B * Sk its value is taken from,
-    if that of padding must not be seen: there, from the sample's first key. Route seqused."""
+    if that of padding must not be seen: there, from the sample's first key, or, where it has none,
+    from that of a sample that has. Route seqused."""
     cu_seqlens_q: Tensor | None = None
     """int32 (B + 1,): where each sample's queries begin and end. Route packed, as all below."""
     cu_seqlens_k: Tensor | None = None
@@ -313,6 +314,8 @@ def _plan_leading(
     if min(k_lens) == end:
         return plan
     first = torch.arange(0, batch * k_len, k_len, device=keys.device)
+    if 0 in k_lens:  # laid end to end, what such a sample has is read with the one before it
+        first = torch.where(keys[:, 0], first, k_lens.index(max(k_lens)) * k_len)
     behind = torch.arange(end, device=keys.device) * keys[:, :end]
     rows_v = (first[:, None] + behind).flatten()
     return replace(plan, seqused_k=keys.sum(-1, dtype=torch.int32), rows_v=rows_v)

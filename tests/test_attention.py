@@ -143,12 +143,12 @@ def test_what_lies_at_padded_keys_never_matters(padding: str, garbage: float) ->
 
 
 def weighing_padding_by_0(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale):
-    """As FlashAttention-3 does with what lies in the last tile of a sample, in fp32."""
+    """As FlashAttention-3 does with what lies in a sample's last tile, here of 16 keys, in fp32."""
     out = torch.zeros(*q.shape[:2], v.shape[2])
     samples = zip(*(ends.tolist() for ends in (cu_seqlens_q, cu_seqlens_k)), strict=True)
     begins_q, begins_k = next(samples)
     for (end_q, end_k), used in zip(samples, seqused_k.tolist(), strict=True):
-        of_q, of_k = slice(begins_q, end_q), slice(begins_k, end_k)
+        of_q, of_k = slice(begins_q, end_q), slice(begins_k, begins_k + 16)
         begins_q, begins_k = end_q, end_k
         if used:
             logits = torch.einsum("qhd,khd->hqk", q[of_q], k[of_k]) * softmax_scale

@@ -32,7 +32,7 @@ def usable() -> list[str]:
     names = [row.name for row in available_kernels("cuda") if row.accepted]
     for provider in PROVIDERS:
         asked_for = provider.on_request and provider.name != "hub"
-        if asked_for and all(map(find_spec, provider.modules)):
+        if asked_for and provider.name not in names and all(map(find_spec, provider.modules)):
             limits = kernel_named(provider.name).limits
             names += [] if rejection_reasons(limits, machine(), None) else [provider.name]
     return [name for name in names if name != "reference"]
