@@ -146,7 +146,7 @@ def _launch(
         seqused_k=plan.seqused_k,
         max_seqlen_q=plan.max_seqlen_q,
         max_seqlen_k=plan.max_seqlen_k,
-        padding_is_safe=plan.rows_v is not None and chosen.reads_padding,
+        padding_is_safe=chosen.reads_padding or plan.route == "static",
         out=plan.buffer(out),
         return_lse=return_lse,
     )

@@ -42,6 +42,7 @@ def forward_into(
     seqused_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    padding_is_safe: bool,
     owner: int,
     return_lse: bool,
 ) -> Tensor:
@@ -63,6 +64,7 @@ def forward_into(
         seqused_k=seqused_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        padding_is_safe=padding_is_safe,
         out=out,
         return_lse=return_lse,
     )
@@ -137,6 +139,7 @@ def traceable(kernel: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | N
             seqused_k,
             max_seqlen_q or 0,
             max_seqlen_k or 0,
+            padding_is_safe,
             owner,
             return_lse,
         )

@@ -29,8 +29,9 @@ class PackingPlan:
         packed: valid keys are gathered, samples end to end; queries too where whole rows are
             masked, and then the other rows of the output are 0. Where queries of one sample see
             different keys, each group of them is a sequence, as a sample is otherwise.
-        static: nothing was read from the mask, as in a CUDA graph; all keys are copied, the valid
-            ones of each sample to the front, with their number.
+        static: nothing was read from the mask, as in a CUDA graph; as many keys are copied as there
+            were, the valid ones of each sample to the front, with their number, and one of them
+            again in the place of the others.
     """
 
     route: Route
@@ -323,18 +324,19 @@ def _plan_leading(
 
 def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:
     keys = keys.expand(batch, -1)
-    valid = keys.cumsum(-1)
-    lens = keys.sum(-1, keepdim=True)
+    lens = keys.sum(-1)
     every = torch.arange(batch * k_len, device=keys.device).view(batch, k_len)
-    # Where each key goes: valid ones to the front, in their order, the rest behind them.
-    place = torch.where(keys, valid - 1, lens + (~keys).cumsum(-1) - 1)
-    indices = torch.empty_like(every).scatter_(-1, place, every)
+    first = every[:, 0] + keys.int().argmax(-1)
+    behind = torch.where(lens > 0, first, first.index_select(0, lens.argmax(0, keepdim=True)))
+    # Where each key goes: valid ones to the front, in their order; the rest to one place too many.
+    place = torch.where(keys, keys.cumsum(-1) - 1, k_len)
+    indices = behind[:, None].repeat(1, k_len + 1).scatter_(-1, place, every)[:, :k_len]
     return PackingPlan(
         "static",
         batch,
         q_len,
         k_len,
-        seqused_k=lens.flatten().int(),
+        seqused_k=lens.int(),
         indices_k=indices.flatten(),
     )
 

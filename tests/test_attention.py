@@ -157,14 +157,16 @@ def weighing_padding_by_0(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softma
     return out
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
-def test_a_kernel_that_weighs_padding_by_0_is_not_given_any(garbage: float) -> None:
+def test_a_kernel_that_weighs_padding_by_0_is_not_given_any(garbage: float, static: bool) -> None:
     mask = PADDINGS["an empty sample"]
     assert mask is not None
+    plan = plan_packing(mask, batch=B, q_len=SQ, k_len=SK, static=static)
     q, k, v = tensors().to(torch.float32)
     expected = attention(q, k, v, mask, kernel="reference")
     v = v.masked_fill(~mask[:, :, None, None], garbage)
-    got = attention(q, k, v, mask, kernel=weighing_padding_by_0)
+    got = attention(q, k, v, plan, kernel=weighing_padding_by_0)
     torch.testing.assert_close(got, expected)
 
 

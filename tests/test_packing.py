@@ -191,9 +191,9 @@ def test_static_moves_valid_keys_to_the_front_and_counts_them() -> None:
     q, k, _ = plan.pack(rows(SQ), rows(SK), rows(SK))
     assert torch.equal(q, rows(SQ))
     assert k[..., 0, 0].tolist() == [
-        [0, 4, 5, 1, 2, 3],
-        [8, 9, 10, 11, 6, 7],
-        [12, 13, 14, 15, 16, 17],
+        [0, 4, 5, 0, 0, 0],
+        [8, 9, 10, 11, 8, 8],
+        [8, 8, 8, 8, 8, 8],  # it has none of its own
     ]
 
 
