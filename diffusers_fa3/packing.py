@@ -325,20 +325,27 @@ def _plan_leading(
 def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:
     keys = keys.expand(batch, -1)
     lens = keys.sum(-1)
-    every = torch.arange(batch * k_len, device=keys.device).view(batch, k_len)
-    first = every[:, 0] + keys.int().argmax(-1)
-    behind = torch.where(lens > 0, first, first.index_select(0, lens.argmax(0, keepdim=True)))
-    # Where each key goes: valid ones to the front, in their order; the rest to one place too many.
-    place = torch.where(keys, keys.cumsum(-1) - 1, k_len)
-    indices = behind[:, None].repeat(1, k_len + 1).scatter_(-1, place, every)[:, :k_len]
     return PackingPlan(
         "static",
         batch,
         q_len,
         k_len,
         seqused_k=lens.int(),
-        indices_k=indices.flatten(),
+        indices_k=_valid_first(keys, lens).flatten(),
     )
+
+
+def _valid_first(keys: Tensor, lens: Tensor) -> Tensor:
+    """(B, Sk) positions in B * Sk: of each sample's valid keys, then of one of them in the rest."""
+    batch, k_len = keys.shape
+    every = torch.arange(batch * k_len, device=keys.device).view(batch, k_len)
+    if not every.numel():
+        return every
+    first = every[:, 0] + keys.int().argmax(-1)
+    rest = torch.where(lens > 0, first, first.index_select(0, lens.argmax(0, keepdim=True)))
+    # Where each key goes: valid ones to the front, in their order; others to one place too many.
+    place = torch.where(keys, keys.cumsum(-1) - 1, k_len)
+    return rest[:, None].repeat(1, k_len + 1).scatter_(-1, place, every)[:, :k_len]
 
 
 def _each(lens: tuple[int, ...], batch: int) -> tuple[int, ...]:
