@@ -146,7 +146,7 @@ def _launch(
         seqused_k=plan.seqused_k,
         max_seqlen_q=plan.max_seqlen_q,
         max_seqlen_k=plan.max_seqlen_k,
-        padding_is_safe=chosen.reads_padding or plan.route == "static",
+        padding_is_safe=True,
         out=plan.buffer(out),
         return_lse=return_lse,
     )
@@ -222,10 +222,10 @@ def _choose(
     if torch.compiler.is_compiling() and isinstance(kernel, str):
         if request.backward:
             return _declined("gradients under torch.compile", InputError)
-        name, seqused_k, refusal = choose_for_graph(device, kernel, *request)
+        name, seqused_k, reads_padding, refusal = choose_for_graph(device, kernel, *request)
         if refusal:
             return Declined(refusal, KernelUnavailableError(refusal))
-        return _ForGraph(name, seqused_k, False, traceable(name, owner))
+        return _ForGraph(name, seqused_k, reads_padding, traceable(name, owner))
     try:
         return select(request, read_machine(device), kernel)
     except KernelUnavailableError as error:

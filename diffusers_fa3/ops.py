@@ -42,13 +42,12 @@ def forward_into(
     seqused_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    padding_is_safe: bool,
     owner: int,
     return_lse: bool,
 ) -> Tensor:
     """`Forward` of the kernel of that name, into `out`; the log-sum-exp, empty if not asked for.
 
-    The call is counted for `owner` each time it runs.
+    Padding in v is safe to read. The call is counted for `owner` each time it runs.
     """
     route = "packed" if cu_seqlens_q is not None else "dense" if seqused_k is None else "static"
     executed[owner, kernel, route] += 1
@@ -64,7 +63,7 @@ def forward_into(
         seqused_k=seqused_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        padding_is_safe=padding_is_safe,
+        padding_is_safe=True,
         out=out,
         return_lse=return_lse,
     )
@@ -88,8 +87,10 @@ def note_declined(owner: int, reason: str, warn: bool) -> None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
-def choose_for_graph(device: torch.device, kernel: str, *request: Any) -> tuple[str, bool, str]:
-    """`select`, in constants: name, whether it has seqused_k, and why there is none.
+def choose_for_graph(
+    device: torch.device, kernel: str, *request: Any
+) -> tuple[str, bool, bool, str]:
+    """`select`, in constants: name, whether it has seqused_k, reads padding, and why there is none.
 
     Args:
         device: where the call runs.
@@ -99,8 +100,8 @@ def choose_for_graph(device: torch.device, kernel: str, *request: Any) -> tuple[
     try:
         chosen = select(Request(*request), read_machine(device), kernel)
     except KernelUnavailableError as error:
-        return "", False, error.summary
-    return chosen.name, chosen.limits.seqused_k, ""
+        return "", False, False, error.summary
+    return chosen.name, chosen.seqused_k, chosen.reads_padding, ""
 
 
 def traceable(kernel: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -139,7 +140,6 @@ def traceable(kernel: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | N
             seqused_k,
             max_seqlen_q or 0,
             max_seqlen_k or 0,
-            padding_is_safe,
             owner,
             return_lse,
         )

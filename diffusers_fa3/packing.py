@@ -78,10 +78,12 @@ class PackingPlan:
         if self.route == "static":
             return q, _take(k, self.indices_k).view_as(k), _take(v, self.indices_k).view_as(v)
         if self.route != "packed":
-            seen = slice(self.first_key, self.end_key)
-            if self.rows_v is not None and reads_padding:
-                return q, k[:, seen], _take(v, self.rows_v).view(self.batch, -1, *v.shape[2:])
-            return (q, k, v) if seen == slice(0, None) else (q, k[:, seen], v[:, seen])
+            whole_v = v
+            if self.first_key or self.end_key is not None:
+                k, v = (x[:, self.first_key : self.end_key] for x in (k, v))
+            if reads_padding and self.rows_v is not None:
+                v = _take(whole_v, self.rows_v).view_as(v)
+            return q, k, v
         return _take(q, self.indices_q), _take(k, self.indices_k), _take(v, self.indices_k)
 
     def buffer(self, out: Tensor | None) -> Tensor | None:
@@ -317,8 +319,8 @@ def _plan_leading(
     first = torch.arange(0, batch * k_len, k_len, device=keys.device)
     if 0 in k_lens:  # laid end to end, what such a sample has is read with the one before it
         first = torch.where(keys[:, 0], first, k_lens.index(max(k_lens)) * k_len)
-    behind = torch.arange(end, device=keys.device) * keys[:, :end]
-    rows_v = (first[:, None] + behind).flatten()
+    places = torch.arange(end, device=keys.device) * keys[:, :end]
+    rows_v = (first[:, None] + places).flatten()
     return replace(plan, seqused_k=keys.sum(-1, dtype=torch.int32), rows_v=rows_v)
 
 
@@ -367,6 +369,8 @@ def _take(x: Tensor, indices: Tensor | None) -> Tensor:
     """Rows of (B, S, H, D) at `indices` into B * S, copied once whatever the strides."""
     if indices is None:
         return x.flatten(0, 1)
+    if x.is_floating_point() and x.dtype.itemsize == 1:  # not every torch indexes float8 on a GPU
+        return _take(x.view(torch.uint8), indices).view(x.dtype)
     length = x.shape[1]
     if x.stride(0) == length * x.stride(1):
         return x.flatten(0, 1).index_select(0, indices)

@@ -5,6 +5,7 @@ Whole models: `test_compile_models.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from zoo.case import BATCH, TEXT, key_mask
 
 from diffusers_fa3 import FallbackWarning, attention, coverage, enable_fa3, plan_packing
 from diffusers_fa3.ops import forward_into
+from diffusers_fa3.providers import kernel_named
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -105,24 +107,26 @@ def test_the_static_route_reads_nothing_and_serves_every_mask(strict: bool, any_
         torch.testing.assert_close(serve(q, k, v, mask), Masked()(q, k, v, mask))
 
 
-@pytest.mark.parametrize("planned", [False, True])
-def test_the_op_knows_whether_padding_still_has_its_own_values(planned: bool) -> None:
+class Planned(nn.Module):
+    """The same with a plan of route seqused, which is no input of the graph."""
+
+    plan = plan_packing(key_mask("ragged"), batch=BATCH, q_len=TEXT, k_len=TEXT)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.plan, kernel="reference")
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_graph_replaces_values_of_padding_for_a_kernel_that_reads_them(
+    reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = replace(kernel_named("reference").limits, reads_padding=reads)
+    monkeypatch.setitem(vars(kernel_named("reference")), "limits", known)
     q, k, v = torch.randn(3, BATCH, TEXT, 2, 16)
-    mask = key_mask("ragged")
-    assert mask is not None
-    known = plan_packing(mask, batch=BATCH, q_len=TEXT, k_len=TEXT) if planned else mask
-
-    class Once(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, known, kernel="reference")
-
-    exported = torch.export.export(Once(), (q, k, v))
-    op = torch.ops.diffusers_fa3.forward_into.default
-    (call,) = (node for node in exported.graph.nodes if node.target is op)
-    place = [argument.name for argument in op._schema.arguments].index("padding_is_safe")
-    # What a plan of route seqused leaves out, the kernel replaces: in a graph it is not asked.
-    assert call.args[place] == (not planned)
-    torch.testing.assert_close(exported.module()(q, k, v), attention(q, k, v, mask))
+    exported = torch.export.export(Planned(), (q, k, v))
+    taken = [n for n in exported.graph.nodes if n.target is torch.ops.aten.index_select.default]
+    assert len(taken) == reads
+    torch.testing.assert_close(exported.module()(q, k, v), Planned()(q, k, v))
 
 
 PACKED = {"ends": torch.tensor([0, 5, 12], dtype=torch.int32)}
@@ -149,6 +153,6 @@ def test_the_op_keeps_the_rules_of_torch_library(form: str, return_lse: bool) ->
     arguments = (
         *(q, k, v, torch.empty_like(q), "reference", 0.3),
         *(options.get("causal", False), *options.get("window", (-1, -1))),
-        *(ends, ends, options.get("seqused_k"), 7, 7, False, 0, return_lse),
+        *(ends, ends, options.get("seqused_k"), 7, 7, 0, return_lse),
     )
     torch.library.opcheck(forward_into, arguments)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_fa3 import MaskError, plan_packing
 from diffusers_fa3.packing import PackingPlan
@@ -65,6 +66,27 @@ def test_values_of_padding_are_not_given_to_a_kernel_that_reads_them(heads_first
     sample = torch.tensor([0, 1, 1])  # the last one has none of its own
     taken = torch.tensor([[0, 1, 0], [0, 1, 2], [0, 0, 0]])
     assert values.equal(v[sample[:, None], taken])
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("valid", [[1, 1, 0], [0, 1, 1]], ids=["seqused", "packed"])
+def test_float8_is_indexed_as_bytes(valid: list[int], heads_first: bool) -> None:
+    plan = plan_of([[1] * SK, [*valid] * 2, [1] * SK])
+    v = torch.randn(B, SK, H, D).to(torch.float8_e4m3fn)
+    if heads_first:
+        v = v.transpose(1, 2).contiguous().transpose(1, 2)
+
+    class Bytes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "index" in func.__name__:
+                assert args[0].dtype == torch.uint8
+            return func(*args, **(kwargs or {}))
+
+    with Bytes():
+        _, _, values = plan.pack(v, v, v, reads_padding=True)
+    wide = v.float()
+    assert values.dtype == v.dtype
+    assert values.float().equal(plan.pack(wide, wide, wide, reads_padding=True)[2])
 
 
 def test_samples_of_one_length_need_no_count() -> None:

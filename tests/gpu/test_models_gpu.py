@@ -25,7 +25,7 @@ CPU_CACHES = ("sana_wm_refiner_kv_cache", "wan_animate2_generation")
 @pytest.mark.parametrize("kernel", usable())
 @pytest.mark.parametrize(("case", "layout"), RUNS, ids=RUN_IDS)
 def test_a_model_in_bfloat16(case: Case, layout: Layout, kernel: str) -> None:
-    if case.name in CPU_CACHES:
+    if case.name in CPU_CACHES:  # inputs are moved where they are tensors; the CPU's suite has both
         pytest.skip("its caches are made on the CPU")
     model = case.build(torch.bfloat16).to("cuda")
     with watched() as log:
