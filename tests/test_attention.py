@@ -19,6 +19,7 @@ from diffusers_fa3 import (
     KernelUnavailableError,
     MaskError,
     attention,
+    flash_attn_varlen_func,
     plan_packing,
 )
 from diffusers_fa3.attention import Declined, Served, attend
@@ -168,6 +169,22 @@ def test_a_kernel_that_weighs_padding_by_0_is_not_given_any(garbage: float, stat
     v = v.masked_fill(~mask[:, :, None, None], garbage)
     got = attention(q, k, v, plan, kernel=weighing_padding_by_0)
     torch.testing.assert_close(got, expected)
+
+
+def test_nor_by_the_public_function_which_no_plan_was_made_for() -> None:
+    mask = PADDINGS["an empty sample"]
+    assert mask is not None
+    q, k, v = tensors().to(torch.float32)
+    expected = attention(q, k, v, mask, kernel="reference")
+    v = v.masked_fill(~mask[:, :, None, None], torch.nan)
+    got = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        *(torch.arange(B + 1, dtype=torch.int32) * length for length in (SQ, SK)),
+        *(SQ, SK),
+        seqused_k=mask.sum(-1, dtype=torch.int32),
+        kernel=weighing_padding_by_0,
+    )
+    torch.testing.assert_close(got.view_as(q), expected)
 
 
 @settings(deadline=None, max_examples=150)
