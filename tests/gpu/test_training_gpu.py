@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 import torch
 from gpu.installed_kernels import usable
@@ -53,8 +55,10 @@ def test_gradients_in_bfloat16(kernel: str, name: str, layout: Layout, checkpoin
     model = trained(torch.bfloat16, "cuda")
     enable_fa3(model, kernel=kernel, fallback="error")
     if not kernel_named(kernel).limits.backward:
-        with pytest.raises(KernelUnavailableError, match="built without backward"):
+        with pytest.raises(KernelUnavailableError, match="built without backward") as refused:
             gradients(case, layout, model)
+        # Seen with torch 2.11: checkpoint's hooks were still on in the next test.
+        traceback.clear_frames(refused.tb)
         return
     with watched() as log, sdpa_kernel(SOUND):
         default = gradients(case, layout, trained(torch.bfloat16, "cuda"))
