@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -222,6 +223,10 @@ def _choose(
     if torch.compiler.is_compiling() and isinstance(kernel, str):
         if request.backward:
             return _declined("gradients under torch.compile", InputError)
+        # Head sizes may be dynamic, but a kernel is chosen for those that the graph is traced with.
+        request = request._replace(
+            head_dim=index(request.head_dim), head_dim_v=index(request.head_dim_v)
+        )
         name, seqused_k, reads_padding, refusal = choose_for_graph(device, kernel, *request)
         if refusal:
             return Declined(refusal, KernelUnavailableError(refusal))

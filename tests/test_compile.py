@@ -41,6 +41,15 @@ def test_inductor_generates_code_around_the_op() -> None:
         torch.testing.assert_close(compiled(q, k, v, mask), block(q, k, v, mask))
 
 
+def test_a_head_size_that_becomes_dynamic_is_traced_as_it_is() -> None:
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    mask = key_mask("gap")
+    for head_dim in (16, 8, 32):
+        q, k, v = torch.randn(3, *mask.shape, 2, head_dim)
+        out = compiled(q, k, v, mask, kernel="reference")
+        torch.testing.assert_close(out, attention(q, k, v, mask, kernel="reference"))
+
+
 def test_a_mask_that_would_have_to_be_read_is_compiled_as_the_default_attention() -> None:
     case = BY_NAME["pixart"]
     model = case.build()
