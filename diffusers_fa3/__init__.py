@@ -16,25 +16,29 @@ from diffusers_fa3.errors import (
     UnsupportedVersionError,
 )
 from diffusers_fa3.interface import flash_attn_varlen_func, flash_attn_with_kvcache
-from diffusers_fa3.out import call_kernel
-from diffusers_fa3.packing import PackingPlan, plan_packing
-from diffusers_fa3.providers import available_kernels
+from diffusers_fa3.kernels import available_kernels, call_kernel
+from diffusers_fa3.masks import PackingPlan, plan_packing
 
 if TYPE_CHECKING:
-    from diffusers_fa3.dispatcher import register, unregister
-    from diffusers_fa3.enable import coverage, disable_fa3, enable_fa3
-    from diffusers_fa3.processor import FA3AttnProcessor
+    from diffusers_fa3.layers import (
+        FA3AttnProcessor,
+        coverage,
+        disable_fa3,
+        enable_fa3,
+        register,
+        unregister,
+    )
 
 __version__ = "0.1.0"
 
-_TOUCHES_DIFFUSERS = {
-    "FA3AttnProcessor": "processor",
-    "coverage": "enable",
-    "disable_fa3": "enable",
-    "enable_fa3": "enable",
-    "register": "dispatcher",
-    "unregister": "dispatcher",
-}
+_TOUCHES_DIFFUSERS = (
+    "FA3AttnProcessor",
+    "coverage",
+    "disable_fa3",
+    "enable_fa3",
+    "register",
+    "unregister",
+)
 """Names that import diffusers, and do so when they are first used."""
 
 __all__ = [
@@ -64,4 +68,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _TOUCHES_DIFFUSERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_TOUCHES_DIFFUSERS[name]}"), name)
+    return getattr(import_module(f"{__name__}.layers"), name)

@@ -24,14 +24,18 @@ from diffusers_fa3.errors import (
     MaskError,
 )
 from diffusers_fa3.inputs import check_inputs
-from diffusers_fa3.masks import Axes2D
-from diffusers_fa3.meaning import Opaque
-from diffusers_fa3.ops import choose_for_graph, traceable
-from diffusers_fa3.out import check_out
-from diffusers_fa3.packing import PackingPlan, try_plan
-from diffusers_fa3.plans import Plan
-from diffusers_fa3.providers import Kernel, KernelChoice, Request, read_machine, select
-from diffusers_fa3.providers.adapt import without_keys
+from diffusers_fa3.kernels import (
+    Kernel,
+    KernelChoice,
+    Request,
+    check_out,
+    choose_for_graph,
+    read_machine,
+    select,
+    traceable,
+    without_keys,
+)
+from diffusers_fa3.masks import Axes2D, Opaque, PackingPlan, Plan, try_plan
 
 _UNMASKED = PackingPlan("dense", 0, 0, 0)
 """Of no sizes: tensors go to the kernel as they are, whatever they are."""

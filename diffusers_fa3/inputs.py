@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffusers_fa3.errors import InputError, MaskError
-from diffusers_fa3.packing import PackingPlan
+from diffusers_fa3.masks import PackingPlan
 
 
 def check_inputs(

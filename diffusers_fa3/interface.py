@@ -15,9 +15,16 @@ from diffusers_fa3.interface_checks import (
     read_window,
     refuse_arguments,
 )
-from diffusers_fa3.out import check_out, needs_grad
-from diffusers_fa3.providers import Kernel, KernelChoice, Request, read_machine, select
-from diffusers_fa3.providers.adapt import is_default
+from diffusers_fa3.kernels import (
+    Kernel,
+    KernelChoice,
+    Request,
+    check_out,
+    is_default,
+    needs_grad,
+    read_machine,
+    select,
+)
 
 
 def flash_attn_varlen_func(

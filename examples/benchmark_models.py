@@ -37,11 +37,11 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 from diffusers_fa3 import available_kernels, coverage, disable_fa3, enable_fa3
-from diffusers_fa3.bench.methods import Method, host_syncs
-from diffusers_fa3.bench.report import Lines, markdown_of, table_of
-from diffusers_fa3.bench.run import versions
-from diffusers_fa3.bench.timing import times_of
-from diffusers_fa3.outer import lay_out_masks_of, spread_masks_of
+from diffusers_fa3.layers.block_masks import lay_out_masks_of, spread_masks_of
+from diffusers_fa3.tools.bench.methods import Method, host_syncs
+from diffusers_fa3.tools.bench.run import versions
+from diffusers_fa3.tools.bench.tables import Lines, markdown_of, table_of
+from diffusers_fa3.tools.bench.timing import times_of
 
 READS = {
     Tensor.__bool__,
@@ -56,7 +56,7 @@ READS = {
     torch.nonzero,
 }
 """What would make the host wait for a GPU; counted by this where there is none."""
-REFERENCE = "diffusers_fa3.providers.reference"
+REFERENCE = "diffusers_fa3.kernels.providers.reference"
 """Module of the reference kernel, which reads lengths that a GPU's kernels take as they are."""
 
 

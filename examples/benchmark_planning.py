@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_fa3 import MaskError, enable_fa3, plan_packing
-from diffusers_fa3.bench.methods import Method
-from diffusers_fa3.bench.run import versions
-from diffusers_fa3.bench.timing import times_of
+from diffusers_fa3.tools.bench.methods import Method
+from diffusers_fa3.tools.bench.run import versions
+from diffusers_fa3.tools.bench.timing import times_of
 
 Forward = Callable[[Tensor], Tensor]
 

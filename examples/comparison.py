@@ -27,7 +27,7 @@ from torch import nn
 from diffusers_fa3 import coverage, disable_fa3, enable_fa3
 
 if TYPE_CHECKING:
-    from diffusers_fa3.report import Coverage
+    from diffusers_fa3.layers.coverage_report import Coverage
 
 T = TypeVar("T")
 

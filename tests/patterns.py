@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusers_fa3.meaning import AllValid, Band, Meaning, Sequences, Valid
+from diffusers_fa3.masks.meaning import AllValid, Band, Meaning, Sequences, Valid
 
 B, S = 2, 24
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffusers_fa3.providers import reference
+from diffusers_fa3.kernels.providers import reference
 
 UPSTREAM = (
     "(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, "

@@ -16,13 +16,13 @@ from PIL import Image
 from releases import needs
 from torch.nn import functional
 
-from diffusers_fa3 import cli
-from diffusers_fa3.bench.cases import CASES, SHARES, Case, cases_of
-from diffusers_fa3.bench.measure import WRONG_FROM, error_of, rows_to_compare
-from diffusers_fa3.bench.methods import Method, backend_in, host_syncs
-from diffusers_fa3.bench.plot import panels, plot
-from diffusers_fa3.bench.report import METHODS, Row, Timing
 from diffusers_fa3.errors import InputError
+from diffusers_fa3.tools import cli
+from diffusers_fa3.tools.bench.cases import CASES, SHARES, Case, cases_of
+from diffusers_fa3.tools.bench.measure import WRONG_FROM, error_of, rows_to_compare
+from diffusers_fa3.tools.bench.methods import Method, backend_in, host_syncs
+from diffusers_fa3.tools.bench.plot import panels, plot
+from diffusers_fa3.tools.bench.tables import METHODS, Row, Timing
 
 NAMES = [case.name for case in CASES]
 GAPS = {case.name for case in CASES if case.gap}
@@ -292,7 +292,7 @@ def test_bad_options_are_refused_in_words(
 def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [n for n in sys.modules if n.startswith("diffusers_fa3.bench")]:
+    for name in [n for n in sys.modules if n.startswith("diffusers_fa3.tools.bench")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)

@@ -17,8 +17,8 @@ from zoo.budget import assert_within_budget
 from zoo.case import BATCH, TEXT, key_mask
 
 from diffusers_fa3 import FallbackWarning, attention, coverage, enable_fa3, plan_packing
-from diffusers_fa3.ops import forward_into
-from diffusers_fa3.providers import kernel_named
+from diffusers_fa3.kernels.compiled import forward_into
+from diffusers_fa3.kernels.installed import kernel_named
 
 BY_NAME = {case.name: case for case in CASES}
 

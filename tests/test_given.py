@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from diffusers_fa3.given import Given, read_arguments
+from diffusers_fa3.layers.given import Given, read_arguments
 
 MASK = torch.ones(2, 5, dtype=torch.bool)
 FLOATS = torch.zeros(2, 5)

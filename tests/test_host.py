@@ -8,9 +8,11 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from diffusers_fa3 import UnsupportedVersionError, host
+from diffusers_fa3 import UnsupportedVersionError
+from diffusers_fa3.layers import host
 
-PACKAGE = Path(host.__file__).parent
+LAYERS = Path(host.__file__).parent
+PACKAGE = LAYERS.parent
 
 
 def test_the_installed_diffusers_has_all_of_it() -> None:
@@ -50,7 +52,7 @@ def test_attributes_of_the_registry_that_are_used_are_listed() -> None:
     registry = "_AttentionBackendRegistry"
     used = {
         node.attr
-        for node in ast.walk(ast.parse((PACKAGE / "dispatcher.py").read_text()))
+        for node in ast.walk(ast.parse((LAYERS / "dispatcher.py").read_text()))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and node.value.id == registry

@@ -16,10 +16,12 @@ from zoo.budget import assert_within_budget
 from zoo.case import cast, key_mask
 from zoo.watch import watched
 
-from diffusers_fa3 import calls, coverage, enable_fa3, masks, plan_packing
-from diffusers_fa3.outer import OuterMask
-from diffusers_fa3.packing import PackingPlan
-from diffusers_fa3.plans import PlanCache
+from diffusers_fa3 import coverage, enable_fa3, plan_packing
+from diffusers_fa3.layers import calls
+from diffusers_fa3.masks import read
+from diffusers_fa3.masks.outer import OuterMask
+from diffusers_fa3.masks.packing import PackingPlan
+from diffusers_fa3.masks.plan_cache import PlanCache
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -53,13 +55,13 @@ def no_plans_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 def read_by_row(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The masks that turned out to depend on the query."""
     seen: list[torch.Tensor] = []
-    read_rows = masks.read_rows
+    read_rows = read.read_rows
 
     def spy(mask: torch.Tensor, counts: torch.Tensor) -> object:
         seen.append(mask)
         return read_rows(mask, counts)
 
-    monkeypatch.setattr(masks, "read_rows", spy)
+    monkeypatch.setattr(read, "read_rows", spy)
     return seen
 
 

@@ -1,4 +1,4 @@
-"""Imports go one way, down DESIGN's list, and importing the package loads nothing heavy."""
+"""Imports go one way, through the rooms and within each; importing loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,59 +12,124 @@ import pytest
 import diffusers_fa3
 
 PACKAGE = Path(diffusers_fa3.__file__).parent
-ORDER = (
-    "cli",
-    "bench",
-    "dispatcher",
-    "enable",
-    "report",
-    "pads",
-    "processor",
-    "rebind",
-    "calls",
-    "given",
-    "host",
-    "interface",
-    "interface_checks",
-    "attention",
-    "ops",
-    "inputs",
-    "plans",
-    "packing",
-    "masks",
-    "rows",
-    "outer",
-    "meaning",
-    "providers",
-    "out",
-    "signature",
-    "errors",
-)
-"""A file imports from those below it only."""
+TOP = "front doors"
+
+ROOMS = {
+    "tools": ("cli", "bench"),
+    "layers": (
+        "dispatcher",
+        "enable",
+        "coverage_report",
+        "pads",
+        "block_masks",
+        "processor",
+        "rebind",
+        "calls",
+        "given",
+        "host",
+    ),
+    TOP: ("interface", "interface_checks", "attention", "inputs"),
+    "masks": ("plan_cache", "packing", "read", "rows", "outer", "meaning"),
+    "kernels": (
+        "compiled",
+        "installed",
+        "providers",
+        "selection",
+        "table",
+        "public_function",
+        "raw_op",
+        "build_flags",
+        "adapt",
+        "contract",
+        "out",
+        "signature",
+    ),
+    "errors": ("errors",),
+}
+"""The map of the house. A room imports from the rooms below it, a file from the files below it in
+its room. masks and kernels do not know each other."""
+
+ORDER = tuple(ROOMS)
+KNOW_DIFFUSERS = ("tools", "layers")
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
+def files_of(room: str) -> list[tuple[str, Path]]:
+    """(name in the map, path) of every Python file of a room, but for the rooms' `__init__`."""
+    folder = PACKAGE if room in (TOP, "errors") else PACKAGE / room
+    paths = [
+        path
+        for name in ROOMS[room]
+        for path in ([folder / f"{name}.py"] if (folder / f"{name}.py").exists() else [])
+        + sorted((folder / name).rglob("*.py"))
+    ]
+    return [(path.relative_to(folder).parts[0].removesuffix(".py"), path) for path in paths]
+
+
+FILES = [(room, name, path) for room in ROOMS for name, path in files_of(room)]
+INITS = [(room, PACKAGE / room / "__init__.py") for room in ROOMS if (PACKAGE / room).is_dir()]
+
+
+def imported(path: Path) -> set[tuple[str, str, str]]:
+    """(room, file, name) of everything that a file imports from this package."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusers_fa3."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "diffusers_fa3":
-            names.update(alias.name for alias in node.names)
-    return names
+        assert not isinstance(node, ast.ImportFrom) or not node.level, "imports are absolute"
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        package, *parts = node.module.split(".")
+        if package != "diffusers_fa3":
+            continue
+        for alias in node.names:
+            where = parts or [alias.name]
+            if where[0] not in ROOMS:  # a file beside the rooms, or a name of `errors`
+                room = "errors" if where[0] == "errors" else TOP
+                found.add((room, where[0], alias.name))
+            else:
+                inner = where[1] if where[1:] else ""
+                is_file = not inner and alias.name in ROOMS[where[0]]
+                found.add((where[0], alias.name if is_file else inner, alias.name))
+    return found
 
 
-def test_the_order_names_every_file() -> None:
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert files | {"bench", "providers"} == set(ORDER)
+def test_the_map_names_every_file() -> None:
+    mapped = {path for _, _, path in FILES} | {path for _, path in INITS}
+    assert mapped | {PACKAGE / "__init__.py"} == set(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_from_below_it(name: str) -> None:
-    path = PACKAGE / name
-    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
-    below = set(ORDER[ORDER.index(name) :])
-    for file in files:
-        assert imported(file) <= below, file.name
+@pytest.mark.parametrize(
+    ("room", "name", "path"), FILES, ids=[str(path.relative_to(PACKAGE)) for _, _, path in FILES]
+)
+def test_a_file_imports_only_from_below_it(room: str, name: str, path: Path) -> None:
+    files = ROOMS[room]
+    for other, file, what in imported(path):
+        if other == room:
+            assert file in files[files.index(name) :], f"{what} of {file}"
+        else:
+            assert ORDER.index(other) > ORDER.index(room), f"{what} of {other}"
+            assert {room, other} != {"masks", "kernels"}
+            assert not file or other in (TOP, "errors"), f"{what}: take it from {other} itself"
+
+
+def test_the_map_has_no_room_for_what_nobody_needs() -> None:
+    """A room hands on what other rooms use, and nothing else; the public names count as use."""
+    uses = set().union(*(imported(path) for _, _, path in FILES))
+    uses |= imported(PACKAGE / "__init__.py")
+    for room, init in INITS:
+        handed_on = {what for _, file, what in imported(init) if file}
+        used = {what for other, file, what in uses if other == room and not file}
+        assert handed_on == used, room
+
+
+@pytest.mark.parametrize(
+    ("room", "path"),
+    [(room, path) for room, _, path in FILES if room not in KNOW_DIFFUSERS],
+    ids=lambda value: value if isinstance(value, str) else value.stem,
+)
+def test_only_layers_and_tools_know_diffusers(room: str, path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert "diffusers" not in {module.split(".")[0] for module in modules}
 
 
 LOADED = """

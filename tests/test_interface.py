@@ -6,12 +6,12 @@ import inspect
 
 import pytest
 import torch
+from oracle import close, oracle
+from schemas import OPS
 
 from diffusers_fa3.errors import InputError, KernelUnavailableError
 from diffusers_fa3.interface import flash_attn_varlen_func, flash_attn_with_kvcache
-from diffusers_fa3.providers import reference
-from tests.oracle import close, oracle
-from tests.schemas import OPS
+from diffusers_fa3.kernels.providers import reference
 
 UPSTREAM_VARLEN = (
     "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q seqused_k softmax_scale "

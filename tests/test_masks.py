@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from patterns import rebuilt
 
 from diffusers_fa3 import MaskError
-from diffusers_fa3.masks import read_mask
-from diffusers_fa3.meaning import AllValid, Band, Opaque, Valid
+from diffusers_fa3.masks.meaning import AllValid, Band, Opaque, Valid
+from diffusers_fa3.masks.read import read_mask
 
 B, H, SQ, SK = 2, 3, 4, 5
 SIZES = {"batch": B, "heads": H, "q_len": SQ, "k_len": SK}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from diffusers_fa3 import attention, flash_attn_varlen_func, plan_packing
-from diffusers_fa3.bench.methods import Method, peak_bytes
-from diffusers_fa3.rows import CPU_BLOCK
+from diffusers_fa3.masks.rows import CPU_BLOCK
+from diffusers_fa3.tools.bench.methods import Method, peak_bytes
 
 B, S, H, D = 2, 2048, 4, 64
 SLACK = 100_000

@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
+from schemas import OPS
 
 from diffusers_fa3.errors import InputError, KernelUnavailableError
-from diffusers_fa3.out import call_kernel, check_out, fits_kernels
-from diffusers_fa3.signature import ByIdentity, read_signature
-from tests.schemas import OPS
+from diffusers_fa3.kernels.out import call_kernel, check_out, fits_kernels
+from diffusers_fa3.kernels.signature import ByIdentity, read_signature
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from zoo import CASES, Case
 from zoo.budget import assert_within_budget
 
 from diffusers_fa3 import MaskError, attention, coverage, disable_fa3, enable_fa3, plan_packing
-from diffusers_fa3.outer import OuterMask, SpreadMask, sources_of
-from diffusers_fa3.plans import PlanCache
+from diffusers_fa3.masks.outer import OuterMask, SpreadMask, sources_of
+from diffusers_fa3.masks.plan_cache import PlanCache
 
 B, S = 2, 6
 VALID = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]], dtype=torch.bool)

@@ -22,9 +22,9 @@ from diffusers_fa3 import (
     enable_fa3,
     plan_packing,
 )
-from diffusers_fa3.calls import PLANS
-from diffusers_fa3.pads import PADS_UNREAD
-from diffusers_fa3.processor import layer_of
+from diffusers_fa3.layers.calls import PLANS
+from diffusers_fa3.layers.pads import PADS_UNREAD
+from diffusers_fa3.layers.processor import layer_of
 
 PADDED: tuple[Layout, ...] = ("right", "left", "ragged", "gap")
 LISTED = [case for case in CASES if case.model.__name__ in PADS_UNREAD]

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_fa3 import MaskError, plan_packing
-from diffusers_fa3.packing import PackingPlan
+from diffusers_fa3.masks.packing import PackingPlan
 
 B, SQ, SK, H, D = 3, 4, 6, 2, 8
 SIZES = {"batch": B, "q_len": SQ, "k_len": SK}

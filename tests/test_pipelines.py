@@ -43,9 +43,9 @@ from diffusers_fa3 import (
     register,
     unregister,
 )
-from diffusers_fa3.calls import PLANS
-from diffusers_fa3.enable import models_of
-from diffusers_fa3.processor import layer_of
+from diffusers_fa3.layers.calls import PLANS
+from diffusers_fa3.layers.enable import models_of
+from diffusers_fa3.layers.processor import layer_of
 
 BY_NAME = {case.name: case for case in CASES}
 ALL_PIPELINES = ("0.37", "cannot import all of its pipelines beside transformers 5")

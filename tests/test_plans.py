@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from diffusers_fa3 import FA3Error, plan_packing
-from diffusers_fa3.meaning import Opaque
-from diffusers_fa3.packing import PackingPlan
-from diffusers_fa3.plans import CAPACITY, PlanCache
+from diffusers_fa3.masks.meaning import Opaque
+from diffusers_fa3.masks.packing import PackingPlan
+from diffusers_fa3.masks.plan_cache import CAPACITY, PlanCache
 
 
 def plan_for(

@@ -29,7 +29,7 @@ from diffusers_fa3 import (
     coverage,
     enable_fa3,
 )
-from diffusers_fa3.processor import layer_of, unwrap
+from diffusers_fa3.layers.processor import layer_of, unwrap
 
 DIM, HEADS = 32, 4
 

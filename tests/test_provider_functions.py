@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from schemas import OPS
 
 from diffusers_fa3.errors import KernelUnavailableError
-from diffusers_fa3.providers import reference
-from diffusers_fa3.providers.public_function import limits_of, public_forward, wrap_callable
-from diffusers_fa3.signature import read_signature
-from tests.schemas import OPS
+from diffusers_fa3.kernels.providers import reference
+from diffusers_fa3.kernels.public_function import limits_of, public_forward, wrap_callable
+from diffusers_fa3.kernels.signature import read_signature
 
 SCALE = 0.37
 

@@ -11,19 +11,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from schemas import OPS
+from test_provider_functions import current
 
 from diffusers_fa3.errors import KernelUnavailableError
-from diffusers_fa3.providers import (
-    PROVIDERS,
-    flash_attn_4,
-    kernel_named,
-    reference,
-    torch_varlen,
-)
-from diffusers_fa3.providers.selection import Selector
-from diffusers_fa3.providers.torch_varlen import Varlen
-from tests.schemas import OPS
-from tests.test_provider_functions import current
+from diffusers_fa3.kernels import PROVIDERS
+from diffusers_fa3.kernels.installed import kernel_named
+from diffusers_fa3.kernels.providers import flash_attn_4, reference, torch_varlen
+from diffusers_fa3.kernels.providers.torch_varlen import Varlen
+from diffusers_fa3.kernels.selection import Selector
 
 SCALE = 0.37
 BY_NAME = {p.name: p for p in PROVIDERS}

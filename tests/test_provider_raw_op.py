@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import schemas
 import torch
+from schemas import OPS
 
 from diffusers_fa3.errors import KernelUnavailableError
-from diffusers_fa3.providers.adapt import without_padding
-from diffusers_fa3.providers.raw_op import RawOp, differentiable, find_op
-from tests import schemas
-from tests.schemas import OPS
+from diffusers_fa3.kernels.adapt import without_padding
+from diffusers_fa3.kernels.raw_op import RawOp, differentiable, find_op
 
 SCALE = 0.3
 every_op = pytest.mark.parametrize("name", list(OPS))

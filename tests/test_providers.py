@@ -12,26 +12,29 @@ from unittest import mock
 import pytest
 import torch
 
-from diffusers_fa3 import providers
 from diffusers_fa3.errors import InputError, KernelUnavailableError
-from diffusers_fa3.providers import (
+from diffusers_fa3.kernels import (
     PROVIDERS,
     Kernel,
+    Request,
+    available_kernels,
+    selection,
+)
+from diffusers_fa3.kernels import installed as of_this_machine
+from diffusers_fa3.kernels.build_flags import FULL_BUILD, limits_from
+from diffusers_fa3.kernels.contract import (
+    FLOAT8,
+    HALF,
     Limits,
     Machine,
     Provider,
-    Request,
-    available_kernels,
     rejection_reasons,
-    selection,
 )
-from diffusers_fa3.providers.build_flags import FULL_BUILD, limits_from
-from diffusers_fa3.providers.contract import FLOAT8, HALF
-from diffusers_fa3.providers.flash_attn_2 import LIMITS as FA2_LIMITS
-from diffusers_fa3.providers.flash_attn_4 import LIMITS as FA4_LIMITS
-from diffusers_fa3.providers.reference import LIMITS as REFERENCE_LIMITS
-from diffusers_fa3.providers.selection import CALLABLES_KEPT, Selector
-from diffusers_fa3.providers.torch_varlen import load as load_torch_varlen
+from diffusers_fa3.kernels.providers.flash_attn_2 import LIMITS as FA2_LIMITS
+from diffusers_fa3.kernels.providers.flash_attn_4 import LIMITS as FA4_LIMITS
+from diffusers_fa3.kernels.providers.reference import LIMITS as REFERENCE_LIMITS
+from diffusers_fa3.kernels.providers.torch_varlen import load as load_torch_varlen
+from diffusers_fa3.kernels.selection import CALLABLES_KEPT, Selector
 
 H100 = Machine("cuda", (9, 0))
 A100 = Machine("cuda", (8, 0))
@@ -449,7 +452,7 @@ def test_importing_providers_imports_no_kernel_no_diffusers_and_touches_no_gpu()
     code = """
 import sys, torch
 torch.cuda._lazy_init = lambda: sys.exit("touched the GPU")
-import diffusers_fa3.providers as providers
+import diffusers_fa3.kernels as providers
 providers.available_kernels("cpu")
 heavy = {"vllm", "kernels", "sgl_kernel", "flash_attn", "flash_attn_interface", "diffusers"}
 sys.exit(", ".join(heavy & set(sys.modules)) or 0)
@@ -459,4 +462,4 @@ sys.exit(", ".join(heavy & set(sys.modules)) or 0)
 
 
 def test_select_is_the_selector_of_the_real_providers():
-    assert providers.select(BF16, CPU, "auto").name == "reference"
+    assert of_this_machine.select(BF16, CPU, "auto").name == "reference"

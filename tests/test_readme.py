@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 from releases import QWENIMAGE_MASKS, has, needs
 from support import TABLES, table_in
 
-from diffusers_fa3 import available_kernels, host
+from diffusers_fa3 import available_kernels
+from diffusers_fa3.layers import host
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import close, oracle
 from torch.nn import functional as F
 
 from diffusers_fa3.errors import InputError, KernelUnavailableError
-from diffusers_fa3.providers.reference import LIMITS, forward, load
-from diffusers_fa3.providers.reference_kvcache import kvcache
-from tests.oracle import close, oracle
+from diffusers_fa3.kernels.providers.reference import LIMITS, forward, load
+from diffusers_fa3.kernels.providers.reference_kvcache import kvcache
 
 SCALE = 0.37
 NAN = float("nan")

@@ -8,10 +8,11 @@ from patterns import PATTERNS, B, rebuilt
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_fa3 import KernelUnavailableError, MaskError, attention, plan_packing, rows
-from diffusers_fa3.masks import read_mask
-from diffusers_fa3.meaning import Opaque, Sequences
-from diffusers_fa3.plans import _same
+from diffusers_fa3 import KernelUnavailableError, MaskError, attention, plan_packing
+from diffusers_fa3.masks import rows
+from diffusers_fa3.masks.meaning import Opaque, Sequences
+from diffusers_fa3.masks.plan_cache import _same
+from diffusers_fa3.masks.read import read_mask
 
 H, D = 2, 8
 

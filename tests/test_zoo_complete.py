@@ -9,7 +9,7 @@ from diffusers import ModelMixin, models
 from releases import has
 from zoo import KNOWN, MISSING
 
-from diffusers_fa3 import host
+from diffusers_fa3.layers import host
 
 FAMILIES = tuple(f"diffusers.models.{kind}" for kind in ("transformers", "unets", "controlnets"))
 """Where diffusers keeps its denoisers. Its VAEs, text encoders and vocoders are not switched."""

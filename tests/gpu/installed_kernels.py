@@ -6,14 +6,9 @@ from importlib.util import find_spec
 
 import torch
 
-from diffusers_fa3.providers import (
-    PROVIDERS,
-    Machine,
-    available_kernels,
-    kernel_named,
-    read_machine,
-    rejection_reasons,
-)
+from diffusers_fa3.kernels import PROVIDERS, available_kernels, read_machine
+from diffusers_fa3.kernels.contract import Machine, rejection_reasons
+from diffusers_fa3.kernels.installed import kernel_named
 
 
 def machine() -> Machine:

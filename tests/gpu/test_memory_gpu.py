@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_fa3 import plan_packing
-from diffusers_fa3.rows import GPU_BLOCK
+from diffusers_fa3.masks.rows import GPU_BLOCK
 
 pytestmark = [
     pytest.mark.gpu,

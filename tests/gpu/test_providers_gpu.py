@@ -7,13 +7,10 @@ import torch
 from gpu.installed_kernels import machine, usable
 
 from diffusers_fa3 import attention
-from diffusers_fa3.providers import (
-    Request,
-    available_kernels,
-    kernel_named,
-    reference,
-    rejection_reasons,
-)
+from diffusers_fa3.kernels import Request, available_kernels
+from diffusers_fa3.kernels.contract import rejection_reasons
+from diffusers_fa3.kernels.installed import kernel_named
+from diffusers_fa3.kernels.providers import reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from zoo import CASES, Layout
 from zoo.watch import watched
 
 from diffusers_fa3 import KernelUnavailableError, coverage, enable_fa3
-from diffusers_fa3.providers import kernel_named
+from diffusers_fa3.kernels.installed import kernel_named
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_fa3 import MaskError, attention, plan_packing
-from diffusers_fa3.packing import PackingPlan
+from diffusers_fa3.masks.packing import PackingPlan
 
 from .contents import Content, key_padding, row_patterns, scatter
 from .expected import sdpa

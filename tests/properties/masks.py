@@ -14,8 +14,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_fa3.masks import Axes2D
-from diffusers_fa3.rows import COPIES
+from diffusers_fa3.masks.read import Axes2D
+from diffusers_fa3.masks.rows import COPIES
 
 from .contents import Content, biases, key_padding, per_head, row_patterns, scatter, scattered
 from .tensors import Sizes

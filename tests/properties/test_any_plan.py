@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusers_fa3 import MaskError
-from diffusers_fa3.packing import PackingPlan
+from diffusers_fa3.masks.packing import PackingPlan
 
 from . import tried
 from .calls import Call, Planned, some_calls, some_planned_calls

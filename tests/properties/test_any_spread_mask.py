@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_fa3 import MaskError
-from diffusers_fa3.masks import read_mask
-from diffusers_fa3.meaning import Opaque
-from diffusers_fa3.outer import OuterMask, SpreadMask
+from diffusers_fa3.masks.meaning import Opaque
+from diffusers_fa3.masks.outer import OuterMask, SpreadMask
+from diffusers_fa3.masks.read import read_mask
 
 from . import tried
 from .tensors import seeds

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
-from diffusers_fa3 import plans
-from diffusers_fa3.meaning import Opaque
-from diffusers_fa3.packing import try_plan
-from diffusers_fa3.plans import Plan, PlanCache
+from diffusers_fa3.masks import plan_cache
+from diffusers_fa3.masks.meaning import Opaque
+from diffusers_fa3.masks.packing import try_plan
+from diffusers_fa3.masks.plan_cache import Plan, PlanCache
 
 from . import tried
 from .tensors import seeds
@@ -70,10 +70,10 @@ class Masks(RuleBasedStateMachine):
         super().__init__()
         self.cache = PlanCache(verify=True)
         self.masks = [torch.ones(SHAPE, dtype=torch.bool)]
-        self.capacity, plans.CAPACITY = plans.CAPACITY, CAPACITY
+        self.capacity, plan_cache.CAPACITY = plan_cache.CAPACITY, CAPACITY
 
     def teardown(self) -> None:
-        plans.CAPACITY = self.capacity
+        plan_cache.CAPACITY = self.capacity
 
     def at(self, i: int) -> Tensor:
         return self.masks[i % len(self.masks)]
@@ -134,7 +134,7 @@ class Masks(RuleBasedStateMachine):
             return plan_of(queries.mT.bool() & keys.bool(), seqused=True)
 
         plan, _ = self.cache.find([self.at(i), self.at(j)], "two", make)
-        assert plans._same(plan, make())
+        assert plan_cache._same(plan, make())
 
     @invariant()
     def every_plan_is_that_of_its_mask(self) -> None:
@@ -148,7 +148,7 @@ class Masks(RuleBasedStateMachine):
             return plan_of(mask, seqused)
 
         plan, _ = self.cache.find([mask], seqused, make)
-        assert plans._same(plan, make())
+        assert plan_cache._same(plan, make())
         again, made = self.cache.find([mask], seqused, make)
         assert (again is plan) != mask.is_inference() or isinstance(plan, Opaque)
         assert made == mask.is_inference()

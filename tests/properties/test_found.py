@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusers_fa3 import FallbackWarning, attention, plan_packing
-from diffusers_fa3.masks import read_mask
-from diffusers_fa3.meaning import Sequences, Valid
-from diffusers_fa3.outer import OuterMask, SpreadMask
+from diffusers_fa3.masks.meaning import Sequences, Valid
+from diffusers_fa3.masks.outer import OuterMask, SpreadMask
+from diffusers_fa3.masks.read import read_mask
 
 from .expected import sdpa
 

@@ -1,0 +1,126 @@
+"""What adapters share: calls that a kernel should not see, and calls that it sees as others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import KernelUnavailableError
+from diffusers_fa3.kernels.contract import Forward
+from diffusers_fa3.kernels.out import needs_grad, out_dtype
+
+Result = tuple[Tensor, Tensor | None]
+
+
+def shielded(forward: Forward) -> Forward:
+    """`forward`, which sees neither calls without any key or query, nor values behind valid keys.
+
+    Of a call without a key FlashAttention-3 says that the log-sum-exp is +inf; others fail.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
+        if not (q.numel() and k.numel()):
+            return without_keys(q, k, v, options.get("out"), options.get("return_lse", False))
+        seqused_k, is_safe = options.get("seqused_k"), options.pop("padding_is_safe", False)
+        if seqused_k is not None and not is_safe:
+            v = without_padding(v, seqused_k, options.get("cu_seqlens_k"))
+        return forward(q, k, v, **options)
+
+    return call
+
+
+def without_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, return_lse: bool) -> Result:
+    """Attention over nothing: 0, as SDPA gives, with a log-sum-exp of -inf; still in the graph."""
+    rows = q.shape[:-1]
+    result = q.new_zeros((*rows, v.shape[-1]), dtype=out_dtype(q))
+    if needs_grad(q, k, v):
+        result = result + sum(x[..., :0].sum() for x in (q, k, v))
+    lse = None
+    if return_lse:
+        shape = (rows[1], rows[0]) if len(rows) == 2 else (rows[0], rows[2], rows[1])
+        lse = q.new_full(shape, -torch.inf, dtype=torch.float32)
+    return result if out is None else out.copy_(result), lse
+
+
+def dense_as_packed(forward: Forward) -> Forward:
+    """`forward`, which only knows packed calls, for dense ones too: samples lie end to end.
+
+    Nothing is copied where a sample's rows follow the last one's.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
+        if options.get("cu_seqlens_q") is not None:
+            return forward(q, k, v, **options)
+        batch, q_len, k_len = q.shape[0], q.shape[1], k.shape[1]
+        ends_q = _ends(batch, q_len, q.device)
+        options |= {
+            "cu_seqlens_q": ends_q,
+            "cu_seqlens_k": ends_q if k_len == q_len else _ends(batch, k_len, q.device),
+            "max_seqlen_q": q_len,
+            "max_seqlen_k": k_len,
+        }
+        out: Tensor | None = options.pop("out", None)
+        # Where out's samples do not follow each other, there is no view of it to write into.
+        in_order = out is not None and (batch == 1 or out.stride(0) == q_len * out.stride(1))
+        flat = out.flatten(0, 1) if out is not None and in_order else None
+        result, lse = forward(
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **options, out=flat
+        )
+        if lse is not None:
+            lse = lse.view(-1, batch, q_len).transpose(0, 1)
+        if out is not None:
+            return (out if in_order else out.copy_(result.view_as(out))), lse
+        return result.view(batch, q_len, *result.shape[1:]), lse
+
+    return call
+
+
+def _ends(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (batch + 1) * length, max(length, 1), dtype=torch.int32, device=device)
+
+
+def without_padding(v: Tensor, seqused_k: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
+    """`v` with 0 in the rows behind each sample's valid ones.
+
+    FlashAttention-3 reads keys in tiles, and gives what lies behind the last valid one in its tile
+    a weight of 0, which NaN and inf in v survive (in k they do not): seen on an H100.
+    """
+    padding = _padding(v.shape[-3], seqused_k, cu_seqlens_k)
+    plain = v.view(torch.uint8) if v.dtype.itemsize == 1 else v  # float8 has no `where`
+    # Not masked_fill, which copies first and fills then: 130 us against 83 for 57 MB on an H100.
+    return torch.where(padding[..., None, None], 0, plain).view(v.dtype)
+
+
+def _padding(length: int, seqused_k: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
+    row = torch.arange(length, dtype=torch.int32, device=seqused_k.device)
+    if cu_seqlens_k is None:
+        return row >= seqused_k[:, None]
+    sample = torch.bucketize(row, cu_seqlens_k[1:], right=True).clamp_(max=len(seqused_k) - 1)
+    return row >= (cu_seqlens_k[:-1] + seqused_k)[sample]
+
+
+def dense_last_axis(x: Tensor) -> Tensor:
+    """`x` as kernels read it: elements of a head next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_rows_minus_inf(lse: Tensor) -> Tensor:
+    """FlashAttention-2 marks rows without a key by +inf, which no other row can be."""
+    return lse.masked_fill(lse == torch.inf, -torch.inf)
+
+
+def refuse(kernel: str, options: Mapping[str, Any]) -> None:
+    """Refuse every option that is asked for and that `kernel` has no argument for."""
+    asked = [name for name, value in options.items() if not is_default(value)]
+    if asked:
+        raise KernelUnavailableError(f"{kernel} cannot take {', '.join(asked)}")
+
+
+def is_default(value: Any) -> bool:
+    """Whether an option's value asks for nothing."""
+    if isinstance(value, Tensor):
+        return False
+    return value is None or value is False or value == 0 or value == (-1, -1)

@@ -1,0 +1,98 @@
+"""FlashAttention-4, the `flash-attn-4` package: compiled at the first call, best on Blackwell."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from diffusers_fa3.errors import KernelUnavailableError
+from diffusers_fa3.kernels.adapt import Result, dense_last_axis, refuse, shielded
+from diffusers_fa3.kernels.build_flags import version_of
+from diffusers_fa3.kernels.contract import Forward, Kernel, Limits, Provider
+from diffusers_fa3.kernels.out import invoke, needs_grad
+from diffusers_fa3.kernels.signature import read_signature
+
+LIMITS = Limits(
+    archs=("sm90a", "sm100", "sm110", "sm120"), max_head_dim=128, backward=True, kvcache=False
+)
+
+
+def bind(
+    private: Callable[..., Any] | None,
+    varlen: Callable[..., Any],
+    dense: Callable[..., Any],
+) -> Forward:
+    """Over its private forward, which takes `out`, and its functions, which have a backward.
+
+    The order of arguments changes between releases: all but q, k and v go by name.
+    """
+    takes_out = private is not None and "out" in read_signature(private).names
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        window: tuple[int, int] = (-1, -1),
+        return_lse: bool = False,
+        q_descale: Tensor | None = None,
+        k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None,
+        **options: Any,
+    ) -> Result:
+        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        refuse("flash_attn_4", descales)
+        out: Tensor | None = options.pop("out", None)
+        arguments = {name: x for name, x in options.items() if x is not None}
+        arguments |= {"softmax_scale": softmax_scale, "return_lse": return_lse}
+        left, right = (None if keys < 0 else keys for keys in window)
+        if takes_out and not needs_grad(q, k, v):
+            assert private is not None
+            function = private
+            arguments |= {"window_size_left": left, "window_size_right": right}
+        else:
+            packed = "cu_seqlens_q" in arguments or "seqused_k" in arguments
+            function = varlen if packed else dense
+            arguments["window_size"] = (left, right)
+        if "cu_seqlens_q" not in arguments:
+            arguments.pop("max_seqlen_q", None)
+            arguments.pop("max_seqlen_k", None)
+        # Before there was a switch, the log-sum-exp came always.
+        if "return_lse" not in read_signature(function).names:
+            del arguments["return_lse"]
+        q, k, v = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)
+        result, lse, *_ = invoke(function, q, k, v, out=out, **arguments)
+        if return_lse and lse is None:
+            raise KernelUnavailableError("flash_attn_4 returned no log-sum-exp")
+        return result, lse if return_lse else None
+
+    return shielded(call)
+
+
+def _load() -> Kernel:
+    if find_spec("flash_attn.cute") is None:
+        raise KernelUnavailableError(
+            "flash_attn is here without FlashAttention-4, as flash-attn alone installs it"
+        )
+    functions = importlib.import_module("flash_attn.cute")
+    interface = importlib.import_module("flash_attn.cute.interface")
+    private = getattr(interface, "_flash_attn_fwd", None)
+    native = private is not None and "out" in read_signature(private).names
+    forward = bind(private, functions.flash_attn_varlen_func, functions.flash_attn_func)
+    return Kernel(
+        "flash_attn_4",
+        version_of("flash_attn"),
+        LIMITS,
+        forward,
+        out="native" if native else "copy",
+    )
+
+
+FLASH_ATTN_4 = Provider(
+    "flash_attn_4", _load, install="pip install flash-attn-4", modules=("flash_attn",)
+)

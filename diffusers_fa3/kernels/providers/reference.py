@@ -1,0 +1,150 @@
+"""Attention in plain PyTorch: serves every call on every device, and says what is correct."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import KernelUnavailableError
+from diffusers_fa3.kernels.adapt import Result, without_keys
+from diffusers_fa3.kernels.contract import HALF, Kernel, Limits, Provider
+from diffusers_fa3.kernels.out import needs_grad
+from diffusers_fa3.kernels.providers.reference_kvcache import kvcache
+from diffusers_fa3.kernels.providers.sdpa import attend
+
+LIMITS = Limits(
+    archs=("any",),
+    dtypes=HALF | {torch.float32, torch.float64},
+    max_head_dim=2**31,
+    head_dim_multiple=1,
+    backward=True,
+    reads_padding=False,
+    seqused_k_backward=True,
+)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    padding_is_safe: bool = False,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """See `Forward`. A sum in half precision is kept in fp32; float64 stays float64.
+
+    Reads cu_seqlens and seqused_k on the host. The logits are laid out in full where softcap or
+    return_lse is asked for.
+    """
+    if q_descale is not None or k_descale is not None or v_descale is not None:
+        raise KernelUnavailableError("reference serves no float8: it cannot take descales")
+    if q.numel() == 0 or k.numel() == 0:
+        return without_keys(q, k, v, out, return_lse)
+    how = partial(
+        attend,
+        scale=softmax_scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        return_lse=return_lse,
+    )
+    packed = cu_seqlens_q is not None and cu_seqlens_k is not None
+    if not packed and seqused_k is None and out is None:
+        return how(q, k, v)
+
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        parts = _packed_parts(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    else:
+        parts = _dense_parts(q, k, v, seqused_k)
+    results, lses = [], []
+    for part in parts:
+        result, lse = how(*part)
+        results.append(result.flatten(0, 1) if packed else result)
+        if lse is not None:
+            lses.append(lse.transpose(0, 1).flatten(1, 2) if packed else lse)
+    return (
+        _joined(results, out, needs_grad(q, k, v)),
+        torch.cat(lses, dim=1 if packed else 0) if lses else None,
+    )
+
+
+def _dense_parts(
+    q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Neighbours with the same number of valid keys, each lot as one call; no other key is read."""
+    if seqused_k is None:
+        yield q, k, v
+        return
+    used: list[int] = seqused_k.tolist()
+    for first, last in _runs([(n,) for n in used]):
+        keys = slice(0, used[first])
+        yield q[first:last], k[first:last, keys], v[first:last, keys]
+
+
+def _packed_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Neighbours of the same lengths, each lot as one (B, S, H, D) view."""
+    ends_q: list[int] = cu_seqlens_q.tolist()
+    ends_k: list[int] = cu_seqlens_k.tolist()
+    q_lens = [end - start for start, end in pairwise(ends_q)]
+    k_lens = [end - start for start, end in pairwise(ends_k)]
+    used: list[int] = k_lens if seqused_k is None else seqused_k.tolist()
+    for first, last in _runs(list(zip(q_lens, k_lens, used, strict=True))):
+        samples = last - first
+        part_q = q[ends_q[first] : ends_q[last]].view(samples, q_lens[first], *q.shape[1:])
+        part_k, part_v = (
+            x[ends_k[first] : ends_k[last]].view(samples, k_lens[first], *x.shape[1:])[
+                :, : used[first]
+            ]
+            for x in (k, v)
+        )
+        yield part_q, part_k, part_v
+
+
+def _runs(kinds: list[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    """Where each run of equal entries begins and ends."""
+    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    return pairwise([*starts, len(kinds)])
+
+
+def _joined(results: list[Tensor], out: Tensor | None, recorded: bool) -> Tensor:
+    if out is None:
+        return results[0] if len(results) == 1 else torch.cat(results)
+    if recorded:
+        return out.copy_(torch.cat(results))
+    row = 0
+    for result in results:
+        out[row : row + len(result)].copy_(result)
+        row += len(result)
+    return out
+
+
+def load() -> Kernel:
+    """It is always there."""
+    return Kernel("reference", torch.__version__, LIMITS, forward, kvcache, out="copy")
+
+
+REFERENCE = Provider("reference", load, install="nothing to install", cuda=False)

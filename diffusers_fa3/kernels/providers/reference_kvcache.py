@@ -1,0 +1,87 @@
+"""Attention over a key-value cache in plain PyTorch: new keys are written into it, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import InputError
+from diffusers_fa3.kernels.adapt import Result, refuse
+from diffusers_fa3.kernels.providers.sdpa import attend
+
+
+def kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    softmax_scale: float,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    page_table: Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    **unknown: Any,
+) -> Result:
+    """`flash_attn_with_kvcache` for dense queries; lengths are read on the host.
+
+    Args:
+        q: (B, Sq, H, D).
+        k_cache: (B or more, Sk, Hk, D), or (pages, page size, Hk, D) with a page_table.
+        v_cache: likewise, with Dv.
+        softmax_scale: factor of the logits.
+        k: (B, Sn, Hk, D), written into the cache behind the valid keys of each sample.
+        v: (B, Sn, Hk, Dv), likewise.
+        cache_seqlens: (B,), valid keys of each sample before the new ones; None: the cache is full.
+        cache_batch_idx: (B,), the row of the cache that belongs to each sample.
+        page_table: (B, pages of a sample), the pages of each sample in order.
+        causal: bottom-right aligned, over the valid keys with the new ones.
+        window_size: keys to the left and right, -1 is unlimited.
+        softcap: bound of the logits, 0 is none.
+        out: (B, Sq, H, Dv).
+        return_lse: also return (B, H, Sq).
+        unknown: what this kernel refuses.
+    """
+    refuse("reference", unknown)
+    batch, page_size = len(q), k_cache.shape[1]
+    if page_table is None:
+        rows = torch.arange(batch) if cache_batch_idx is None else cache_batch_idx.cpu()
+        page_table = rows[:, None]
+    elif cache_batch_idx is not None:
+        raise InputError("page_table and cache_batch_idx exclude each other")
+    capacity = page_table.shape[1] * page_size
+    lens = [capacity] * batch if cache_seqlens is None else cache_seqlens.tolist()
+    new = 0 if k is None else k.shape[1]
+    if max(lens, default=0) + new > capacity:
+        raise InputError(f"the cache holds {capacity} keys; {max(lens)} and {new} new do not fit")
+
+    if out is None:
+        out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
+    lses = []
+    for sample, length in enumerate(lens):
+        places = torch.arange(length + new)
+        pages = page_table[sample].to(k_cache.device)[places // page_size]
+        at = (pages, (places % page_size).to(k_cache.device))
+        if k is not None and v is not None:
+            tail = tuple(index[length:] for index in at)
+            k_cache[tail], v_cache[tail] = k[sample], v[sample]
+        part, lse = attend(
+            q[sample : sample + 1],
+            k_cache[at][None],
+            v_cache[at][None],
+            scale=softmax_scale,
+            causal=causal,
+            window=window_size,
+            softcap=softcap,
+            return_lse=return_lse,
+        )
+        out[sample] = part[0]
+        lses.append(lse)
+    return out, torch.cat([lse for lse in lses if lse is not None]) if return_lse else None

@@ -1,0 +1,91 @@
+"""Attention of samples of one length by PyTorch's own function: what the reference is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusers_fa3.kernels.adapt import Result, without_keys
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Result:
+    """Attention of samples of one length: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv).
+
+    Returns (B, Sq, H, Dv) and, where asked for, the log-sum-exp (B, H, Sq).
+    """
+    if k.shape[1] == 0 or q.shape[1] == 0:
+        return without_keys(q, k, v, None, return_lse)
+    square = q.shape[1] == k.shape[1] and window == (-1, -1)
+    grouped = q.shape[2] != k.shape[2]
+    if softcap or return_lse:
+        seen = _seen(q.shape[1], k.shape[1], causal, window, q.device)
+        return _attend_by_logits(q, k, v, scale, seen, softcap, return_lse)
+    by_flag = causal and square
+    result = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if by_flag else _seen(q.shape[1], k.shape[1], causal, window, q.device),
+        is_causal=by_flag,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+    return result.transpose(1, 2), None
+
+
+def _attend_by_logits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    seen: Tensor | None,
+    softcap: float,
+    return_lse: bool,
+) -> Result:
+    group = q.shape[2] // k.shape[2]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide_q, wide_k, wide_v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
+    wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (wide_k, wide_v))
+
+    logits = (wide_q * scale) @ wide_k.transpose(-1, -2)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    empty = None
+    if seen is not None:
+        # A row that sees nothing gets any finite logits here and is emptied below: no NaN, neither
+        # forward nor backward.
+        empty = ~seen.any(-1, keepdim=True)
+        logits = logits.masked_fill(~(seen | empty), -torch.inf)
+    weights = logits.softmax(-1)
+    lse = logits.logsumexp(-1) if return_lse else None
+    if empty is not None:
+        weights = weights.masked_fill(empty, 0.0)
+        lse = None if lse is None else lse.masked_fill(empty.squeeze(-1), -torch.inf)
+    result = (weights @ wide_v).to(q.dtype).transpose(1, 2)
+    return result, None if lse is None else lse.float()
+
+
+def _seen(
+    q_len: int, k_len: int, causal: bool, window: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """(Sq, Sk) bool: the keys a query sees, or None for all. The last query meets the last key."""
+    left, right = window
+    right = 0 if causal else right
+    if left < 0 and right < 0:
+        return None
+    queries = torch.arange(k_len - q_len, k_len, device=device)[:, None]
+    offset = torch.arange(k_len, device=device) - queries
+    if right < 0:
+        return offset >= -left
+    return offset <= right if left < 0 else (offset >= -left) & (offset <= right)

@@ -1,0 +1,118 @@
+"""`torch.nn.attention.varlen`: FlashAttention-2 as torch brings it, with nothing to install."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import KernelUnavailableError
+from diffusers_fa3.kernels.adapt import (
+    Result,
+    dense_as_packed,
+    dense_last_axis,
+    empty_rows_minus_inf,
+    is_default,
+    refuse,
+    shielded,
+)
+from diffusers_fa3.kernels.contract import Kernel, Limits, Provider
+from diffusers_fa3.kernels.out import deliver, fits_kernels, needs_grad
+from diffusers_fa3.kernels.signature import read_signature
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """The functions of one torch version; what they take differs from version to version."""
+
+    function: Callable[..., Any]
+    into: Callable[..., Any] | None
+    """The one that writes into its first argument, if there is one."""
+    aux: Callable[..., Any]
+    """Makes the request for a log-sum-exp."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        seqused_k: Tensor | None = None,
+        causal: bool = False,
+        window: tuple[int, int] = (-1, -1),
+        out: Tensor | None = None,
+        return_lse: bool = False,
+        **options: Any,
+    ) -> Result:
+        """Packed calls; see `Forward`."""
+        refuse("torch_varlen", options)
+        names = read_signature(self.function).names
+        if not is_default(seqused_k) and "seqused_k" not in names:
+            refuse("torch_varlen", {"seqused_k": seqused_k})
+        known = {
+            "return_aux": self.aux(lse=True) if return_lse else None,
+            "scale": softmax_scale,
+            "window_size": (window[0], 0) if causal else window,
+            "enable_gqa": q.shape[1] != k.shape[1],
+            "seqused_k": seqused_k,
+            # One split keeps torch on its flash kernel, whose sums do not depend on the batch.
+            "num_splits": None if needs_grad(q, k, v) else 1,
+        }
+        known = {name: value for name, value in known.items() if name in names}
+        q, k, v = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)
+        arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        # FlashAttention-2 decodes grouped heads through a reshaped copy of what it should fill.
+        decodes = max_seqlen_q == 1 and q.shape[1] != k.shape[1]
+        if out is not None and self.into is not None and fits_kernels(out) and not decodes:
+            result = self.into(out, *arguments, **known)
+        else:
+            result = self.function(*arguments, **known)
+        result, lse = result if return_lse else (result, None)
+        result = result if out is None else deliver(result, out)
+        return result, None if lse is None else empty_rows_minus_inf(lse)
+
+
+def load() -> Kernel:
+    """The functions of the torch that runs.
+
+    Raises:
+        KernelUnavailableError: a torch before they took a scale and a window.
+    """
+    module = importlib.import_module("torch.nn.attention.varlen")
+    names = read_signature(module.varlen_attn).names
+    if "scale" not in names or "window_size" not in names:
+        raise KernelUnavailableError("torch.nn.attention.varlen takes a scale from torch 2.11 on")
+    into = getattr(module, "varlen_attn_out", None)
+    limits = Limits(
+        archs=("sm80", "sm90", "sm100", "sm110", "sm120"),
+        head_dims_differ=False,
+        seqused_k="seqused_k" in names,
+        softcap=False,
+        backward=True,
+        kvcache=False,
+    )
+    forward = Varlen(module.varlen_attn, into, module.AuxRequest).forward
+    return Kernel(
+        "torch_varlen",
+        torch.__version__,
+        limits,
+        shielded(dense_as_packed(forward)),
+        out="copy" if into is None else "native",
+    )
+
+
+TORCH_VARLEN = Provider(
+    "torch_varlen",
+    load,
+    modules=("torch.nn.attention.varlen",),
+    install="pip install 'torch>=2.12'",
+)

@@ -1,0 +1,198 @@
+"""Any function with FlashAttention's arguments as a kernel, called by what its signature says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import KernelUnavailableError
+from diffusers_fa3.kernels.adapt import (
+    Result,
+    dense_as_packed,
+    empty_rows_minus_inf,
+    is_default,
+    refuse,
+    shielded,
+)
+from diffusers_fa3.kernels.contract import FLOAT8, HALF, Forward, Kernel, Limits
+from diffusers_fa3.kernels.out import invoke, name_of, needs_grad
+from diffusers_fa3.kernels.raw_op import RawOp
+from diffusers_fa3.kernels.signature import Signature, is_raw_op, read_signature
+
+_SPELLINGS = {
+    "causal": ("causal", "is_causal"),
+    "window": ("window_size", "window"),
+    "softmax_scale": ("softmax_scale", "scale"),
+}
+"""Names that functions have for our arguments, FlashAttention's first."""
+
+_PRESET = {"num_splits": 1, "fa_version": 3}
+"""What every call says where the function has such an argument: some split keys by a heuristic, and
+vLLM's runs FlashAttention-2, unless told not to."""
+
+_NOTHING = {"seqused_q": None, "seqused_k": None, "causal": False, "is_causal": False}
+"""What those say that are required although nothing is asked."""
+
+_EVERY_FLOAT = HALF | FLOAT8 | {torch.float32, torch.float64}
+
+
+def public_forward(
+    varlen: Callable[..., Any] | None, dense: Callable[..., Any] | None = None
+) -> Forward:
+    """One calling convention over a build's functions for packed and for dense tensors.
+
+    Without `dense`, samples are laid end to end for `varlen`.
+    """
+    if varlen is None:
+        assert dense is not None
+        return shielded(_forward(dense))
+    by_varlen = dense_as_packed(_forward(varlen))
+    if dense is None:
+        return shielded(by_varlen)
+    by_dense = _forward(dense)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
+        # A number of valid keys per sample is an argument of the varlen functions only.
+        packed = options.get("cu_seqlens_q") is not None or options.get("seqused_k") is not None
+        return (by_varlen if packed else by_dense)(q, k, v, **options)
+
+    return shielded(call)
+
+
+def _forward(function: Callable[..., Any]) -> Forward:
+    signature = read_signature(function)
+    name = name_of(function)
+    spelling = {
+        ours: next((s for s in theirs if s in signature.names), theirs[0])
+        for ours, theirs in _SPELLINGS.items()
+    }
+    names = {*signature.names}
+    preset: dict[str, Any] = {
+        argument: value for argument, value in _PRESET.items() if argument in names
+    }
+    preset |= {
+        argument: _NOTHING[argument] for argument in signature.required if argument in _NOTHING
+    }
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+        **options: Any,
+    ) -> Result:
+        asked = {spelling.get(ours, ours): value for ours, value in options.items()}
+        for bound in ("max_seqlen_q", "max_seqlen_k"):  # they only help; dense calls have none
+            if asked.get("cu_seqlens_q") is None or not (signature.any_name or bound in names):
+                asked.pop(bound, None)
+        if spelling["softmax_scale"] not in names and asked["softmax_scale"] == q.shape[-1] ** -0.5:
+            del asked["softmax_scale"]  # every kernel's own default
+        known = preset | {n: value for n, value in asked.items() if not is_default(value)}
+        if not (signature.any_name or known.keys() <= names):
+            refuse(name, {n: value for n, value in known.items() if n not in names})
+        if return_lse and signature.lse_switch is not None:
+            known[signature.lse_switch] = True
+
+        result, lse = _members(name, invoke(function, q, k, v, out=out, **known), return_lse)
+        if needs_grad(q, k, v) and not result.requires_grad:
+            raise KernelUnavailableError(f"{name} returned a result without gradient")
+        return result, lse
+
+    return call
+
+
+def public_kvcache(function: Callable[..., Any]) -> Callable[..., Result]:
+    """`Kernel.kvcache` over a build's own `flash_attn_with_kvcache`, by the names that it has."""
+    signature = read_signature(function)
+    name = name_of(function)
+
+    def call(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+        **options: Any,
+    ) -> Result:
+        if "page_table" in options and "page_table" not in signature.names:
+            options["block_table"] = options.pop("page_table")  # FlashAttention-2's name for it
+        if not signature.any_name:
+            refuse(name, {n: value for n, value in options.items() if n not in signature.names})
+        if return_lse and signature.lse_switch is not None:
+            options[signature.lse_switch] = True
+        result = invoke(function, q, k_cache, v_cache, out=out, **options)
+        return _members(name, result, return_lse)
+
+    return call
+
+
+def _members(name: str, result: Any, return_lse: bool) -> Result:
+    """Output and log-sum-exp of what a function returned, alone or in a tuple of any length."""
+    members = result if isinstance(result, (tuple, list)) else (result,)
+    if not return_lse:
+        return members[0], None
+    if len(members) < 2 or not isinstance(members[1], Tensor):
+        raise KernelUnavailableError(f"{name} returned no log-sum-exp")
+    return members[0], empty_rows_minus_inf(members[1])
+
+
+def limits_of(signature: Signature) -> Limits:
+    """What a function can be asked, by its arguments; dtypes and sizes it has to judge itself."""
+
+    def has(*names: str) -> bool:
+        return signature.any_name or any(name in signature.names for name in names)
+
+    kvcache = "k_cache" in signature.names
+    varlen = has("cu_seqlens_q") and not kvcache
+    return Limits(
+        archs=("any",),
+        dtypes=_EVERY_FLOAT,
+        max_head_dim=2**31,
+        head_dim_multiple=1,
+        dense=not kvcache,
+        varlen=varlen,
+        # vLLM's function reads seqused_k only with pages of keys.
+        seqused_k=varlen and has("seqused_k") and "block_table" not in signature.names,
+        window=has(*_SPELLINGS["window"]),
+        softcap=has("softcap"),
+        backward=not kvcache,
+        kvcache=kvcache,
+    )
+
+
+def wrap_callable(function: Callable[..., Any]) -> Kernel:
+    """The user's own function, or raw op, as a kernel.
+
+    Raises:
+        KernelUnavailableError: it requires arguments that FlashAttention's functions do not have.
+    """
+    name = name_of(function)
+    if is_raw_op(function):
+        op = RawOp(function, name)
+        limits = Limits(("any",), HALF | FLOAT8, head_dims_differ=True)
+        return Kernel(name, "", limits, op.forward, op.kvcache)
+    signature = read_signature(function)
+    strange = {*signature.required} - {*signature.positional[:3]} - _GIVEN
+    if strange:
+        raise KernelUnavailableError(
+            f"{name} requires {', '.join(sorted(strange))}; "
+            "a function that is given as `kernel` takes FlashAttention's arguments"
+        )
+    limits = limits_of(signature)
+    forward = public_forward(function) if limits.varlen else public_forward(None, function)
+    kvcache = public_kvcache(function) if limits.kvcache else None
+    out: Literal["native", "copy"] = "native" if "out" in signature.names else "copy"
+    return Kernel(name, "", limits, forward, kvcache, out=out)
+
+
+_GIVEN = {
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k"),
+    *("softmax_scale", "scale", "causal", "is_causal"),
+}
+"""Arguments that may be required: every call gives them."""

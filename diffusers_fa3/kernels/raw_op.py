@@ -1,0 +1,200 @@
+"""The raw op `fwd` of every FlashAttention-3 binary, called by what its schema says.
+
+Upstream, tokenspeed-fa3, fa3-fwd, sgl-kernel, vLLM and the hub builds all register one op whose
+arguments have the same names in the same order, with a few more or fewer; some without defaults.
+So it is called by position, with every argument given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_fa3.errors import KernelUnavailableError
+from diffusers_fa3.kernels.adapt import (
+    Result,
+    dense_last_axis,
+    refuse,
+    without_keys,
+    without_padding,
+)
+from diffusers_fa3.kernels.contract import Forward
+from diffusers_fa3.kernels.out import deliver, fits_kernels
+from diffusers_fa3.kernels.signature import overload
+
+_FILL: dict[str, Any] = {
+    **dict.fromkeys(("k_new", "v_new", "q_v", "out")),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new")),
+    **dict.fromkeys(("seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k")),
+    **dict.fromkeys(("page_table", "kv_batch_idx", "leftpad_k")),
+    **dict.fromkeys(("rotary_cos", "rotary_sin", "seqlens_rotary")),
+    **dict.fromkeys(("q_descale", "k_descale", "v_descale")),
+    "softmax_scale": None,
+    "is_causal": False,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "attention_chunk": 0,
+    "softcap": 0.0,
+    "is_rotary_interleaved": True,
+    "scheduler_metadata": None,
+    # The op's own default, 0, splits by a heuristic: a sample's sum would depend on its batch.
+    "num_splits": 1,
+    "pack_gqa": None,
+    "sm_margin": 0,
+    **dict.fromkeys(("sinks", "s_aux", "sparse_mask_fine", "cp_tot_seqused_k")),
+    "only_qv": False,
+    "cp_world_size": 1,
+    "cp_rank": 0,
+}
+"""What each known argument is where nothing is asked of it. Not the op's own default: softmax_scale
+is 0 in one build, which is uniform attention."""
+
+_CACHE_NAMES = {
+    "k": "k_new",
+    "v": "v_new",
+    "qv": "q_v",
+    "cache_seqlens": "seqused_k",
+    "cache_batch_idx": "kv_batch_idx",
+    "cache_leftpad": "leftpad_k",
+    "rotary_seqlens": "seqlens_rotary",
+    "rotary_interleaved": "is_rotary_interleaved",
+    "causal": "is_causal",
+}
+"""What the op calls the arguments of `flash_attn_with_kvcache`, where it is something else."""
+
+
+_NEEDED = frozenset(
+    {
+        *("out", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k"),
+        *("q_descale", "k_descale", "v_descale", "softmax_scale", "is_causal", "softcap"),
+        *("window_size_left", "window_size_right", "num_splits"),
+    }
+)
+
+
+class RawOp:
+    """One raw op, its schema read once.
+
+    Raises:
+        KernelUnavailableError: the op is another one, or has an argument without default that
+            nothing is known of.
+    """
+
+    def __init__(self, op: Any, name: str) -> None:
+        if op is None:
+            raise KernelUnavailableError(f"{name}: its package registered no op")
+        self._op = overload(op)
+        self._name = name
+        schema = self._op._schema
+        names = [a.name for a in schema.arguments]
+        strange = {a.name for a in schema.arguments[3:] if not a.has_default_value()} - _FILL.keys()
+        if strange or not {*names} >= _NEEDED:
+            raise KernelUnavailableError(
+                f"{name}: the op {schema.name} is none that this version knows; "
+                f"unknown arguments: {', '.join(sorted(strange)) or 'none'}"
+            )
+        self._fill = [_FILL.get(a.name, a.default_value) for a in schema.arguments[3:]]
+        self._place = {argument: i for i, argument in enumerate(names[3:])}
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        causal: bool = False,
+        window: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        q_descale: Tensor | None = None,
+        k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None,
+        padding_is_safe: bool = False,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Result:
+        """See `Forward`."""
+        if not (q.numel() and k.numel()):  # what `shielded` does, at half its price
+            return without_keys(q, k, v, out, return_lse)
+        if seqused_k is not None and not padding_is_safe:
+            v = without_padding(v, seqused_k, cu_seqlens_k)
+        arguments, place = self._fill.copy(), self._place
+        arguments[place["softmax_scale"]] = float(softmax_scale)
+        arguments[place["seqused_k"]] = seqused_k
+        if cu_seqlens_q is not None:  # dense calls have their lengths in their shapes
+            arguments[place["cu_seqlens_q"]] = cu_seqlens_q
+            arguments[place["cu_seqlens_k"]] = cu_seqlens_k
+            arguments[place["max_seqlen_q"]] = max_seqlen_q
+            arguments[place["max_seqlen_k"]] = max_seqlen_k
+        arguments[place["is_causal"]] = causal
+        arguments[place["window_size_left"]] = window[0]
+        arguments[place["window_size_right"]] = window[1]
+        arguments[place["softcap"]] = softcap
+        arguments[place["q_descale"]] = q_descale
+        arguments[place["k_descale"]] = k_descale
+        arguments[place["v_descale"]] = v_descale
+        return self._call(q, k, v, arguments, out, return_lse)
+
+    def kvcache(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        softmax_scale: float,
+        window_size: tuple[int, int] = (-1, -1),
+        num_splits: int = 0,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+        **options: Any,
+    ) -> Result:
+        """See `Kernel.kvcache`. Decoding is slow unless the op may split the keys: 0 lets it."""
+        asked = {_CACHE_NAMES.get(name, name): value for name, value in options.items()}
+        asked |= {"softmax_scale": float(softmax_scale), "num_splits": num_splits}
+        asked["window_size_left"], asked["window_size_right"] = window_size
+        refuse(self._name, {name: x for name, x in asked.items() if name not in self._place})
+        arguments = self._fill.copy()
+        for name, value in asked.items():
+            if name in self._place:
+                arguments[self._place[name]] = value
+        return self._call(q, k_cache, v_cache, arguments, out, return_lse)
+
+    def _call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        arguments: list[Any],
+        out: Tensor | None,
+        return_lse: bool,
+    ) -> Result:
+        if out is not None and fits_kernels(out):
+            arguments[self._place["out"]] = out
+        result, lse, *_ = self._op(
+            dense_last_axis(q), dense_last_axis(k), dense_last_axis(v), *arguments
+        )
+        return (result if out is None else deliver(result, out)), lse if return_lse else None
+
+
+def differentiable(raw: Forward, public: Forward) -> Forward:
+    """`raw`, except where autograd records: raw ops have no backward, a build's functions may."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
+        recorded = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad
+        )
+        return (public if recorded else raw)(q, k, v, **options)
+
+    return call
+
+
+def find_op(namespace: str) -> Any | None:
+    """`torch.ops.<namespace>.fwd`, if it is registered: a namespace alone always exists."""
+    return getattr(getattr(torch.ops, namespace), "fwd", None)

@@ -1,0 +1,150 @@
+"""What the attention layers of a model did: on which kernel and route, or why not."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from diffusers_fa3.kernels import declined, executed
+from diffusers_fa3.layers.calls import Layer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention layer."""
+
+    name: str
+    processor: str
+    """Class of the layer's own processor."""
+    kernel: str
+    """What served its calls; before the first, what was asked for; "default" if not switched."""
+    calls: dict[str, int]
+    """Calls on the kernel, by route."""
+    fallbacks: dict[str, int]
+    """Calls that the default attention served, by reason."""
+    replaced: bool = False
+    """It was switched by `enable_fa3`, and then given another processor, which is not."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """A row for each attention layer; `str()` is a table, `to_dict()` is JSON."""
+
+    rows: tuple[Row, ...]
+    plans_made: int
+    plans_reused: int
+
+    @property
+    def calls(self) -> int:
+        """Attention calls on a kernel."""
+        return sum(sum(row.calls.values()) for row in self.rows)
+
+    @property
+    def fallbacks(self) -> int:
+        """Attention calls that the default attention served after the layer was switched."""
+        return sum(sum(row.fallbacks.values()) for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts, lists, strings and ints."""
+        return {
+            "calls": self.calls,
+            "fallbacks": self.fallbacks,
+            "plans": {"made": self.plans_made, "reused": self.plans_reused},
+            "layers": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        head = ("layers", "", "processor", "kernel", "calls")
+        lines = [head, *map(_cells, _alike(self.rows))]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+            for line in lines
+        ]
+        reasons: Counter[str] = Counter()
+        for row in self.rows:
+            reasons.update(row.fallbacks)
+        replaced = sum(row.replaced for row in self.rows)
+        mend = f"{replaced} layers were given other processors: enable_fa3 switches them again"
+        return "\n".join(
+            [
+                *table,
+                f"{self.calls} calls on a kernel, {self.fallbacks} on the default attention; "
+                f"{self.plans_made} plans made, {self.plans_reused} reused",
+                *(f"default attention, {n} times: {reason}" for reason, n in reasons.items()),
+                *([mend] if replaced else []),
+            ]
+        )
+
+
+def compiled_row(owner: int) -> Row | None:
+    """What compiled graphs did for an owner of layers; None where there are none.
+
+    A graph cannot count on a layer, or it would be compiled anew for each: so it is one row. Calls
+    are counted as they run, but for replays of a CUDA graph; fallbacks once per compilation.
+    """
+    ran = {key: n for key, n in executed.items() if key[0] == owner}
+    left = {reason: n for (of, reason), n in declined.items() if of == owner}
+    if not (ran or left):
+        return None
+    routes: Counter[str] = Counter()
+    for (_, _, route), count in ran.items():
+        routes[route] += count
+    kernels = sorted({kernel for _, kernel, _ in ran})
+    return Row("compiled graphs", "", ", ".join(kernels), dict(routes), left)
+
+
+def row_of(name: str, processor: Any, layer: Layer | None, was_switched: bool) -> Row:
+    """The row of a layer; `layer` is None where it is not switched."""
+    if layer is None:
+        return Row(name, type(processor).__name__, "default", {}, {}, replaced=was_switched)
+    kernels = sorted({kernel for kernel, _ in layer.calls})
+    routes: Counter[str] = Counter()
+    for (_, route), count in layer.calls.items():
+        routes[route] += count
+    asked = layer.settings.kernel
+    return Row(
+        name,
+        type(layer.processor).__name__,
+        ", ".join(kernels) or (asked if isinstance(asked, str) else repr(asked)),
+        dict(routes),
+        dict(layer.fallbacks),
+    )
+
+
+@dataclass(frozen=True)
+class _Group:
+    pattern: str
+    rows: tuple[Row, ...]
+
+
+def _alike(rows: tuple[Row, ...]) -> list[_Group]:
+    """Rows that differ in nothing but the numbers in their names, in order of appearance."""
+
+    def likeness(row: Row) -> tuple[object, ...]:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
+        return pattern, row.processor, row.kernel, row.replaced, str(row.calls), str(row.fallbacks)
+
+    order = {key: i for i, key in enumerate(dict.fromkeys(map(likeness, rows)))}
+    ordered = sorted(rows, key=lambda row: order[likeness(row)])
+    return [_Group(str(key[0]), tuple(members)) for key, members in groupby(ordered, key=likeness)]
+
+
+def _cells(group: _Group) -> tuple[str, ...]:
+    first = group.rows[0]
+    routes: Counter[str] = Counter()
+    for row in group.rows:
+        routes.update(row.calls)
+        routes["default"] += sum(row.fallbacks.values())
+    name = first.name if len(group.rows) == 1 else group.pattern
+    counted = ", ".join(f"{route} {count}" for route, count in routes.items() if count)
+    return name, f"x{len(group.rows)}", first.processor, first.kernel, counted or _uncounted(first)
+
+
+def _uncounted(row: Row) -> str:
+    if row.kernel == "default":
+        return "replaced" if row.replaced else "not switched"
+    return "none yet"

@@ -1,0 +1,178 @@
+"""register / unregister: "fa3" under the names by which diffusers switches attention.
+
+The one file that patches diffusers, and only between `register()` and `unregister()`. What it
+touches there, private names included, stands in `register`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from diffusers_fa3.layers.calls import Frame, Layer, Settings, attend_dispatched
+from diffusers_fa3.layers.enable import disable_fa3, enable_fa3, mark_switched, models_of
+from diffusers_fa3.layers.processor import is_request, layer_of, unwrap, wrap
+
+NAME = "fa3"
+
+_PROCESS = Layer(None, Settings(), 'attention_backend("fa3")')
+
+_undo: list[Callable[[], None]] = []
+
+
+def register() -> None:
+    """Teach diffusers the name "fa3", for this process, until `unregister()`. Twice is harmless.
+
+    These work then, on any model or pipeline:
+
+        pipe.set_attn_processor(FA3AttnProcessor())
+        model.set_attn_processor(FA3AttnProcessor())      where diffusers has that method
+        model.set_attention_backend("fa3")                as enable_fa3(model); any other name, and
+                                                          reset_attention_backend, as disable_fa3
+        with attention_backend("fa3"): ...                all layers that use diffusers' dispatcher
+
+    The last one is diffusers' process-wide switch. It knows no layers, so there is no coverage
+    report of it; a call that no kernel can serve goes to the native backend, with a warning.
+    """
+    if _undo:
+        return
+    for layer_class in (Attention, AttentionModuleMixin):
+        _patch(layer_class, "set_processor", _set_processor)
+    for pipeline_class in (DiffusionPipeline, ModularPipeline):
+        _patch(pipeline_class, "set_attn_processor", _set_attn_processor)
+    _patch(ModelMixin, "set_attention_backend", _set_attention_backend)
+    _patch(ModelMixin, "reset_attention_backend", _reset_attention_backend)
+    _add_backend()
+
+
+def unregister() -> None:
+    """Take back all that `register()` did; layers that were switched meanwhile stay switched."""
+    while _undo:
+        _undo.pop()()
+
+
+def _patch(owner: type, name: str, replacement: Callable[..., Any]) -> None:
+    """Put `replacement`, which takes the original (or None) first, in the place of a method."""
+    original = vars(owner).get(name)
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, original, *args, **kwargs)
+
+    if original is not None:
+        functools.update_wrapper(patched, original)
+    setattr(owner, name, patched)
+    _undo.append(
+        functools.partial(delattr, owner, name)
+        if original is None
+        else functools.partial(setattr, owner, name, original)
+    )
+
+
+def _set_processor(layer: Any, original: Callable[..., None], processor: Any) -> None:
+    if is_request(processor):
+        processor = wrap(unwrap(layer.processor), processor._fa3.settings)
+        mark_switched(layer)
+    original(layer, processor)
+
+
+def _set_attn_processor(pipe: Any, original: Callable[..., None] | None, processor: Any) -> None:
+    """Set the attention processors of the pipeline's denoisers; as the method of models."""
+    if is_request(processor):
+        settings = processor._fa3.settings
+        enable_fa3(pipe, kernel=settings.kernel, fallback=settings.fallback)
+    elif original is not None:
+        original(pipe, processor)
+    else:
+        models: list[Any] = [model for _, model in models_of(pipe)]
+        for model in models:
+            model.set_attn_processor(processor)
+
+
+def _set_attention_backend(model: Any, original: Callable[..., None], backend: str) -> None:
+    if getattr(backend, "value", backend).lower() == NAME:
+        model.reset_attention_backend()  # another one that was set before would go on to serve
+        enable_fa3(model)
+        return
+    original(model, backend)
+    _switch_off(model)
+
+
+def _reset_attention_backend(model: Any, original: Callable[..., None]) -> None:
+    original(model)
+    _switch_off(model)
+
+
+def _switch_off(model: Any) -> None:
+    if any(layer_of(getattr(module, "processor", None)) for module in model.modules()):
+        disable_fa3(model)
+
+
+def _add_backend() -> None:
+    """A row for the process-wide registry, whose keys are members of an enum."""
+    member = str.__new__(AttentionBackendName, NAME)
+    member._name_, member._value_ = NAME.upper(), NAME
+    before = vars(AttentionBackendName).get("_missing_")
+
+    def missing(cls: type, value: object) -> Any:
+        return member if value == NAME else None
+
+    type.__setattr__(AttentionBackendName, "_missing_", classmethod(missing))
+    _AttentionBackendRegistry.register(member)(_backend)
+
+    def undo() -> None:
+        if _AttentionBackendRegistry._active_backend is member:
+            _AttentionBackendRegistry._active_backend = AttentionBackendName.NATIVE
+        for table in ("_backends", "_constraints", "_supported_arg_names"):
+            del getattr(_AttentionBackendRegistry, table)[member]
+        if before is None:
+            type.__delattr__(AttentionBackendName, "_missing_")
+        else:
+            type.__setattr__(AttentionBackendName, "_missing_", before)
+
+    _undo.append(undo)
+
+
+def _backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Any:
+    """Backend "fa3" of diffusers' dispatcher: tensors (B, S, H, D)."""
+    out = attend_dispatched(
+        Frame(_PROCESS, (), {}),
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        _parallel_config,
+    )
+    if out is not None:
+        return out
+    native: Callable[..., Any] = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+    return native(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        _parallel_config=_parallel_config,
+    )

@@ -1,0 +1,195 @@
+"""enable_fa3, disable_fa3 and coverage: the switch, for one model or pipeline and no other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+from torch import nn
+
+from diffusers_fa3.errors import InputError, UnsupportedModelError
+from diffusers_fa3.kernels import KernelChoice, check_choice
+from diffusers_fa3.layers.block_masks import lay_out_masks_of, spread_masks_of
+from diffusers_fa3.layers.calls import Fallback, Settings
+from diffusers_fa3.layers.coverage_report import Coverage, compiled_row, row_of
+from diffusers_fa3.layers.pads import layers_that_pack_queries
+from diffusers_fa3.layers.processor import is_request, layer_of, unwrap, wrap
+
+DENOISERS = re.compile(r"(^|_)(transformer|unet|controlnet|prior|super_res)|^decoder")
+"""The names of those components of a pipeline that are switched with it, in all of diffusers."""
+
+LayerFilter = str | Callable[[str, nn.Module], bool]
+
+SWITCHED = "_fa3_switched"
+"""Attribute of a layer that was switched: diffusers may give it another processor at any time."""
+
+
+def enable_fa3(
+    pipe_or_model: Any,
+    *,
+    kernel: KernelChoice = "auto",
+    fallback: Fallback = "warn",
+    layers: LayerFilter | None = None,
+    pack_queries: bool = False,
+) -> Coverage:
+    """Put the attention layers of one model, or of a pipeline's denoisers, on a varlen kernel.
+
+    Every layer keeps its own processor object, wrapped: see `FA3AttnProcessor`. Switching a model
+    that is switched already gives it the new options, and begins its counts anew.
+
+    A layer that is set to a backend of diffusers, before or after, by `set_attention_backend`, goes
+    on using that one, counted, until `reset_attention_backend`. Layers that take no backend stay on
+    the kernel, and so do all under `attention_backend(...)`, which is for the process.
+
+    Args:
+        pipe_or_model: a diffusers model, any module with attention layers below it, or a pipeline.
+            Of a pipeline, the denoisers are switched (components called transformer, unet,
+            controlnet, prior, super_res or decoder, with anything before or after), not the VAE nor
+            text encoders; pass those by themselves.
+        kernel: "auto", the best that is installed; or a name from `available_kernels()`, or a
+            function with FlashAttention's arguments, which is used or refused.
+        fallback: the default attention serves what no kernel can. Besides being counted, this is
+            told: "warn" once for each processor class and reason, "error" raises instead, "silent".
+        layers: which of the layers: a regular expression, searched in their names as `coverage`
+            shows them; or a function of a layer's name and module. None: all.
+        pack_queries: leave padded tokens out as queries too, not as keys alone, where the model
+            never reads what attention gives for them: its output stays the same, what lies at
+            padded tokens within does not. Only for the models that `diffusers_fa3.layers.pads`
+            lists; other layers of theirs, and compiled graphs, pack keys as ever.
+
+    Returns:
+        What `coverage` says now.
+
+    Raises:
+        UnsupportedModelError: there is no attention layer, or none that `layers` selects; or
+            `pack_queries` for a model that is not known to leave padded tokens unread.
+        KernelUnavailableError: `kernel` is not a known name, or is not installed.
+        InputError: an unknown `fallback`.
+        Nothing is switched in any of these cases.
+    """
+    if fallback not in get_args(Fallback):
+        raise InputError(f"fallback is one of {get_args(Fallback)}; got {fallback!r}")
+    check_choice(kernel)
+    settings = Settings(kernel, fallback)
+    found = dict(_layers(pipe_or_model))
+    selected = {name: layer for name, layer in found.items() if _selects(layers, name, layer)}
+    if not selected:
+        raise UnsupportedModelError(
+            f"layers={layers!r} selects none of the {len(found)} attention layers: "
+            f"{', '.join(list(found)[:3])}, ..."
+        )
+    packing = _layers_that_pack_queries(pipe_or_model) if pack_queries else frozenset()
+    wrapped = [
+        (layer, wrap(unwrap(layer.processor), settings, name, name in packing))
+        for name, layer in selected.items()
+    ]
+    for layer, processor in wrapped:
+        layer.processor = processor
+        mark_switched(layer)
+    _for_every_module(pipe_or_model, spread_masks_of)
+    return coverage(pipe_or_model)
+
+
+def disable_fa3(pipe_or_model: Any) -> None:
+    """Give every layer the very processor object back that it had; harmless where none is switched.
+
+    Raises:
+        UnsupportedModelError: there is no attention layer.
+    """
+    for _, layer in _layers(pipe_or_model):
+        if layer_of(layer.processor) is not None:
+            layer.processor = unwrap(layer.processor)
+        vars(layer).pop(SWITCHED, None)
+    _for_every_module(pipe_or_model, lay_out_masks_of)
+
+
+def coverage(pipe_or_model: Any) -> Coverage:
+    """What each attention layer did since it was switched.
+
+    Much in diffusers gives layers new processors: loading an IP-Adapter, fusing projections,
+    `set_attn_processor`. The row of such a layer says `replaced`; `enable_fa3` switches it again.
+
+    Raises:
+        UnsupportedModelError: there is no attention layer.
+    """
+    layers = list(_layers(pipe_or_model))
+    rows = [
+        row_of(name, layer.processor, layer_of(layer.processor), hasattr(layer, SWITCHED))
+        for name, layer in layers
+    ]
+    records = [record for _, layer in layers if (record := layer_of(layer.processor)) is not None]
+    owners = dict.fromkeys(record.settings.owner for record in records)
+    compiled = [row for row in map(compiled_row, owners) if row is not None]
+    return Coverage(
+        (*rows, *compiled),
+        sum(record.plans_made for record in records),
+        sum(record.plans_reused for record in records),
+    )
+
+
+def _layers(pipe_or_model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, module) of all attention layers; known by a `processor` that can be called."""
+    found = [
+        (f"{prefix}{name}", module)
+        for prefix, model in models_of(pipe_or_model)
+        for name, module in model.named_modules()
+        if callable(getattr(module, "processor", None)) and not is_request(module.processor)
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(pipe_or_model).__name__} has no attention layer to switch: none of its modules "
+            "has a processor. Pass a diffusers model, or a pipeline with a transformer or unet"
+        )
+    yield from found
+
+
+def _layers_that_pack_queries(pipe_or_model: Any) -> frozenset[str]:
+    return frozenset(
+        f"{prefix}{name}"
+        for prefix, model in models_of(pipe_or_model)
+        for name in layers_that_pack_queries(model)
+    )
+
+
+def mark_switched(layer: nn.Module) -> None:
+    """Note on a layer that it was switched, whatever processors it may get from now on."""
+    setattr(layer, SWITCHED, True)
+
+
+def _for_every_module(pipe_or_model: Any, do: Callable[[nn.Module], None]) -> None:
+    for _, model in models_of(pipe_or_model):
+        for module in model.modules():
+            do(module)
+
+
+def models_of(pipe_or_model: Any) -> list[tuple[str, nn.Module]]:
+    """The models that are switched, each with the prefix of its layers' names."""
+    if isinstance(pipe_or_model, nn.Module):
+        return [("", pipe_or_model)]
+    components = getattr(pipe_or_model, "components", None)
+    if not isinstance(components, dict):
+        raise UnsupportedModelError(
+            "enable_fa3, disable_fa3 and coverage take a torch.nn.Module or a diffusers pipeline; "
+            f"got {type(pipe_or_model).__name__}"
+        )
+    return [
+        (f"{name}.", model)
+        for name, component in components.items()
+        if DENOISERS.search(name)
+        for model in _modules_of(component)
+    ]
+
+
+def _modules_of(component: Any) -> list[nn.Module]:
+    """A component may be a list, as several controlnets are."""
+    members = component if isinstance(component, list | tuple) else [component]
+    return [member for member in members if isinstance(member, nn.Module)]
+
+
+def _selects(layers: LayerFilter | None, name: str, layer: nn.Module) -> bool:
+    if layers is None:
+        return True
+    if isinstance(layers, str):
+        return re.search(layers, name) is not None
+    return layers(name, layer)

@@ -1,0 +1,153 @@
+"""FA3AttnProcessor: a layer's own processor, with its attention call replaced."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from typing import Any
+
+import torch
+from torch.torch_version import TorchVersion
+
+from diffusers_fa3.errors import UnsupportedModelError
+from diffusers_fa3.kernels import KernelChoice
+from diffusers_fa3.layers.calls import Fallback, Frame, Layer, Settings
+from diffusers_fa3.layers.rebind import calls_attention, rebound
+
+READY_MADE_SIGNATURES = TorchVersion(torch.__version__) < "2.14" and sys.version_info >= (3, 11)
+"""diffusers sorts a layer's arguments by its processor's signature, in every call: a ready-made one
+saves 8 us. Dynamo cannot trace it from torch 2.14 on, nor that of torch 2.9 on Python 3.10."""
+
+
+class FA3AttnProcessor:
+    """One layer's processor, wrapped: its projections, norms and rotary embeddings are untouched.
+
+        model.set_attn_processor(
+            {name: FA3AttnProcessor(p) for name, p in model.attn_processors.items()}
+        )
+
+    The result is an instance of the processor's own class, too, with the very attributes, weights
+    and backend settings of the processor, which it shares: what is set on one is set on both.
+
+    Args:
+        processor: what the layer has now. Without one, this is only a request, for
+            `set_attn_processor` after `register()`; a layer that calls it gets an error, since
+            there is no processor that would be right for every layer.
+        kernel: "auto", a name from `available_kernels()`, or a function.
+        fallback: what a call that no kernel can serve does besides going to the default attention:
+            "warn" once for each reason, "error", "silent".
+
+    Raises:
+        UnsupportedModelError: `processor` is no attention processor.
+    """
+
+    __slots__ = ("_fa3",)
+    _fa3: Layer
+
+    def __new__(  # noqa: D102  # the class's docstring is its
+        cls,
+        processor: Any = None,
+        *,
+        kernel: KernelChoice = "auto",
+        fallback: Fallback = "warn",
+    ) -> FA3AttnProcessor:
+        settings = Settings(kernel, fallback)
+        if processor is not None:
+            return wrap(unwrap(processor), settings)
+        request = super().__new__(cls)
+        request._fa3 = Layer(None, settings)
+        return request
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass  # a wrapped processor has its state already
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a request has no processor to run."""
+        raise UnsupportedModelError(
+            "FA3AttnProcessor() without a processor is a request, which set_attn_processor honours "
+            "after diffusers_fa3.register(). Call enable_fa3(model), or wrap the processors: "
+            "{name: FA3AttnProcessor(p) for name, p in model.attn_processors.items()}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        layer = self._fa3
+        if layer.processor is None:
+            return _request, (layer.settings,)
+        return wrap, (layer.processor, layer.settings, layer.name, layer.pack_queries)
+
+    def __repr__(self) -> str:
+        wrapped = self._fa3.processor
+        return f"FA3AttnProcessor({'' if wrapped is None else type(wrapped).__name__})"
+
+
+def wrap(
+    processor: Any, settings: Settings, name: str = "", pack_queries: bool = False
+) -> FA3AttnProcessor:
+    """`processor` on the kernel; itself it stays as it is.
+
+    Raises:
+        UnsupportedModelError: it is no processor, or one without attributes that could be shared.
+    """
+    cls: Any = type(processor)
+    if not callable(processor) or isinstance(processor, type | types.FunctionType):
+        raise UnsupportedModelError(f"an attention processor is a callable object; got {processor}")
+    if not hasattr(processor, "__dict__"):
+        raise UnsupportedModelError(
+            f"{cls.__name__} has no __dict__ to share; it cannot be wrapped"
+        )
+    wrapped: FA3AttnProcessor = object.__new__(_wrapped_class(cls))
+    object.__setattr__(wrapped, "__dict__", processor.__dict__)
+    layer = Layer(processor, settings, name, calls_attention(cls), pack_queries)
+    object.__setattr__(wrapped, "_fa3", layer)
+    return wrapped
+
+
+def unwrap(processor: Any) -> Any:
+    """The processor that was wrapped; any other object is returned as it is."""
+    layer = layer_of(processor)
+    return processor if layer is None else layer.processor
+
+
+def layer_of(processor: Any) -> Layer | None:
+    """The record of a wrapped processor; None for any other object, and for a bare request."""
+    if not isinstance(processor, FA3AttnProcessor) or is_request(processor):
+        return None
+    return processor._fa3
+
+
+def is_request(processor: Any) -> bool:
+    """Whether this is `FA3AttnProcessor()`: one for every layer, each keeping its own processor."""
+    return isinstance(processor, FA3AttnProcessor) and processor._fa3.processor is None
+
+
+def _request(settings: Settings) -> FA3AttnProcessor:
+    return FA3AttnProcessor(kernel=settings.kernel, fallback=settings.fallback)
+
+
+@functools.cache
+def _wrapped_class(cls: type) -> type:
+    twin = rebound(cls)
+    own_call = twin.__call__ if hasattr(twin, "__call__") else cls.__call__  # noqa: B004
+
+    @functools.wraps(cls.__call__)
+    def __call__(self: FA3AttnProcessor, *args: Any, **kwargs: Any) -> Any:
+        with Frame(self._fa3, args, kwargs):
+            return own_call(self, *args, **kwargs)
+
+    if READY_MADE_SIGNATURES:
+        vars(__call__)["__signature__"] = inspect.signature(cls.__call__)
+    # Dynamo guards the number of defaults, which None does not have.
+    setattr(__call__, "__defaults__", ())  # noqa: B010  # for mypy, it is no function
+    return type(cls)(
+        cls.__name__,
+        (FA3AttnProcessor, twin, cls),
+        {
+            "__slots__": (),
+            "__call__": __call__,
+            "__class__": property(lambda self: cls),
+            "__module__": cls.__module__,
+            "__doc__": cls.__doc__,
+        },
+    )

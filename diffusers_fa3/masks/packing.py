@@ -1,0 +1,377 @@
+"""From a mask to `cu_seqlens`, once; from padded tensors to packed ones and back, by that plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusers_fa3.errors import InputError, MaskError
+from diffusers_fa3.masks.meaning import AllValid, Band, Opaque, Sequence, Sequences, Valid
+from diffusers_fa3.masks.read import Axes2D, keys_by_structure, read_mask
+
+Route = Literal["dense", "band", "seqused", "packed", "static"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackingPlan:
+    """How a call of one shape and mask reaches a variable-length kernel.
+
+    Routes:
+        dense: the mask says nothing; tensors go to the kernel as they are.
+        band: the mask is causal or a sliding window, and so is the call; tensors go as they are.
+        seqused: the valid keys of each sample are its first; tensors go as they are, up to the last
+            key that is valid in any sample, with the number of valid keys where samples differ.
+        packed: valid keys are gathered, samples end to end; queries too where whole rows are
+            masked, and then the other rows of the output are 0. Where queries of one sample see
+            different keys, each group of them is a sequence, as a sample is otherwise.
+        static: nothing was read from the mask, as in a CUDA graph; as many keys are copied as there
+            were, the valid ones of each sample to the front, with their number, and one of them
+            again in the place of the others.
+    """
+
+    route: Route
+    batch: int
+    q_len: int
+    k_len: int
+    seqused_k: Tensor | None = None
+    """int32 (B,): valid keys of each sample. Routes seqused and static."""
+    rows_v: Tensor | None = None
+    """int64 (B * S): for each key that goes to the kernel, where in B * Sk its value is taken from,
+    if that of padding must not be seen: there, from the sample's first key, or, where it has none,
+    from that of a sample that has. Route seqused."""
+    cu_seqlens_q: Tensor | None = None
+    """int32 (B + 1,): where each sample's queries begin and end. Route packed, as all below."""
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    indices_q: Tensor | None = None
+    """int64 (Tq,): positions in B * Sq of the queries that are kept; None: all of them."""
+    indices_k: Tensor | None = None
+    """int64 (Tk,): positions in B * Sk of the valid keys; (B * Sk,), of all keys, on static.
+
+    None: all of them, in order.
+    """
+    causal: bool = False
+    """What the kernel is to be told, aligned at the last query and key. Routes band and packed."""
+    window: tuple[int, int] = (-1, -1)
+    first_key: int = 0
+    """Keys before it are too far from every query, and left out. Route band."""
+    end_key: int | None = None
+    """Keys from it on are padding in every sample, and left out. Route seqused."""
+    also: PackingPlan | None = None
+    """A second launch, for queries that see keys causally where others do not, or the other way
+    round. Each launch gives rows of 0 for the queries of the other: the output is their sum."""
+
+    def pack(
+        self, q: Tensor, k: Tensor, v: Tensor, reads_padding: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, H, D) tensors as the kernel takes them: (T, H, D) on route packed.
+
+        `reads_padding`: the kernel weighs values that `seqused_k` leaves out by 0, instead of
+        leaving them out. Then `v` has a valid one there, since NaN and inf survive that.
+        """
+        if self.route == "static":
+            return q, _take(k, self.indices_k).view_as(k), _take(v, self.indices_k).view_as(v)
+        if self.route != "packed":
+            whole_v = v
+            if self.first_key or self.end_key is not None:
+                k, v = (x[:, self.first_key : self.end_key] for x in (k, v))
+            if reads_padding and self.rows_v is not None:
+                v = _take(whole_v, self.rows_v).view_as(v)
+            return q, k, v
+        return _take(q, self.indices_q), _take(k, self.indices_k), _take(v, self.indices_k)
+
+    def buffer(self, out: Tensor | None) -> Tensor | None:
+        """The part of the caller's (B, Sq, H, D) `out` that a kernel can fill by itself, if any."""
+        if out is None or self.route != "packed":
+            return out
+        rows_in_order = out.stride(0) == self.q_len * out.stride(1)
+        return out.flatten(0, 1) if rows_in_order and self.indices_q is None else None
+
+    def unpack(self, result: Tensor, out: Tensor | None = None) -> Tensor:
+        """The kernel's result, (Tq, H, D) on route packed, as (B, Sq, H, D).
+
+        Into `out` where one is given: what `buffer` offered to the kernel is there already.
+        """
+        if self.route != "packed":
+            return result
+        if out is None:
+            return self._per_sample(self._padded(result, 0.0))
+        if self.indices_q is not None:
+            out.zero_()
+            out[self.indices_q // self.q_len, self.indices_q % self.q_len] = result
+        elif self.buffer(out) is None:
+            out.copy_(self._per_sample(result))
+        return out
+
+    def unpack_lse(self, lse: Tensor) -> Tensor:
+        """The kernel's LSE, (H, Tq) on route packed, as (B, H, Sq); -inf in rows without keys."""
+        if self.route != "packed":
+            return lse
+        rows = self._padded(lse.transpose(0, 1), -torch.inf)
+        return self._per_sample(rows).transpose(1, 2)
+
+    def _per_sample(self, rows: Tensor) -> Tensor:
+        return rows.view(self.batch, self.q_len, *rows.shape[1:])
+
+    def _padded(self, rows: Tensor, fill: float) -> Tensor:
+        if self.indices_q is None:
+            return rows
+        padded = rows.new_full((self.batch * self.q_len, *rows.shape[1:]), fill)
+        return padded.index_copy_(0, self.indices_q, rows)
+
+
+def plan_packing(
+    mask: Tensor | None,
+    *,
+    batch: int,
+    q_len: int,
+    k_len: int,
+    heads: int = 1,
+    axes_2d: Axes2D = "bk",
+    seqused: bool = True,
+    static: bool = False,
+    pack_queries: bool = False,
+) -> PackingPlan:
+    """The plan for one mask: reads it once, and builds everything a kernel must be told.
+
+    A plan with `causal` or `window` set is for a kernel call with the same; one with `also` is for
+    two calls, whose outputs are added. `attention` sees to both.
+
+    Args:
+        mask: what each query sees: None, or bool, int or additive float of shape (Sk), (B, Sk),
+            (B, 1, 1, Sk), (B, H, 1, Sk), (B, 1, Sq, Sk) or (B, H, Sq, Sk); see
+            `diffusers_fa3.masks.read.read_mask`. The plan's tensors lie on its device.
+        batch: B.
+        q_len: Sq.
+        k_len: Sk.
+        heads: H.
+        axes_2d: "bk" reads a 2-D mask as (B, Sk), "qk" as (Sq, Sk).
+        seqused: whether route seqused may be taken; a few kernels lack it.
+        static: read nothing from the mask, which must then be bool or int, one row per sample. In
+            a CUDA graph the plan is made again by every replay, from what the mask holds then.
+        pack_queries: in self attention, where tokens are padding as keys, leave them out as
+            queries, too: their rows of the output are 0 instead of what the default computes
+            there. For those who know that nothing reads these rows. Not on route static.
+
+    Raises:
+        MaskError: the mask does not broadcast to (B, H, Sq, Sk), its values have no meaning, or
+            packing cannot express it: it depends on the head, or on the query without a pattern, or
+            is a bias; or, with `static`, might be such a one.
+        InputError: `pack_queries` with more or fewer queries than keys.
+    """
+    if pack_queries and q_len != k_len:
+        raise InputError(
+            "pack_queries is for self attention, where tokens are queries and keys; got q_len "
+            f"{q_len}, k_len {k_len}"
+        )
+    sizes = (batch, heads, q_len, k_len)
+    options = {"seqused": seqused, "static": static, "pack_queries": pack_queries}
+    plan = try_plan(mask, sizes, axes_2d=axes_2d, **options)
+    if isinstance(plan, Opaque):
+        raise MaskError(
+            f"{plan.reason}; packing takes groups of queries that see the same keys, or bands. "
+            "Use torch.nn.functional.scaled_dot_product_attention for this mask"
+        )
+    return plan
+
+
+def try_plan(
+    mask: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    *,
+    axes_2d: Axes2D,
+    seqused: bool,
+    static: bool = False,
+    pack_queries: bool = False,
+) -> PackingPlan | Opaque:
+    """`plan_packing` for those who know what to do with a mask that packing cannot express."""
+    batch, heads, q_len, k_len = sizes
+    if mask is None:
+        return PackingPlan("dense", batch, q_len, k_len)
+    lengths = {"batch": batch, "heads": heads, "q_len": q_len, "k_len": k_len}
+    if static:
+        keys = keys_by_structure(mask, **lengths, axes_2d=axes_2d)
+        return keys if isinstance(keys, Opaque) else _plan_static(keys, batch, q_len, k_len)
+    meaning = read_mask(mask, **lengths, axes_2d=axes_2d)
+    if isinstance(meaning, Opaque):
+        return meaning
+    if isinstance(meaning, AllValid):
+        return PackingPlan("dense", batch, q_len, k_len)
+    if isinstance(meaning, Band):
+        return _plan_band(meaning, batch, q_len, k_len)
+    if isinstance(meaning, Sequences):
+        assert mask is not None
+        return _plan_sequences(meaning, batch, q_len, k_len, mask.device)
+    if pack_queries and meaning.queries is None:
+        meaning = replace(meaning, queries=meaning.keys, q_lens=meaning.k_lens)
+    return _plan_valid(meaning, batch, q_len, k_len, seqused)
+
+
+def _plan_band(band: Band, batch: int, q_len: int, k_len: int) -> PackingPlan:
+    window = (band.left, band.right)
+    if window == (-1, 0):
+        return PackingPlan("band", batch, q_len, k_len, causal=True)
+    first_key = max(k_len - q_len - band.left, 0) if band.left >= 0 else 0
+    return PackingPlan("band", batch, q_len, k_len, window=window, first_key=first_key)
+
+
+def _plan_sequences(
+    meaning: Sequences, batch: int, q_len: int, k_len: int, device: torch.device
+) -> PackingPlan:
+    """One launch for each way of seeing: causal or not is said to a kernel once."""
+    sequences = list(_of_every_sample(meaning, batch))
+    launches = [
+        _plan_launch(group, causal, batch, q_len, k_len, device)
+        for causal in (False, True)
+        if (group := [s for s in sequences if s.causal == causal])
+    ]
+    return replace(launches[0], also=launches[1]) if launches[1:] else launches[0]
+
+
+def _plan_launch(
+    sequences: list[Sequence],
+    causal: bool,
+    batch: int,
+    q_len: int,
+    k_len: int,
+    device: torch.device,
+) -> PackingPlan:
+    q_lens = [len(s.queries) for s in sequences]
+    k_lens = [len(s.keys) for s in sequences]
+    return PackingPlan(
+        "packed",
+        batch,
+        q_len,
+        k_len,
+        cu_seqlens_q=_ends(q_lens).to(device),
+        cu_seqlens_k=_ends(k_lens).to(device),
+        max_seqlen_q=max(q_lens),
+        max_seqlen_k=max(k_lens),
+        indices_q=_unless_all(
+            [s.queries + s.sample * q_len for s in sequences], batch * q_len, device
+        ),
+        indices_k=_unless_all(
+            [s.keys + s.sample * k_len for s in sequences], batch * k_len, device
+        ),
+        causal=causal,
+    )
+
+
+def _of_every_sample(meaning: Sequences, batch: int) -> Iterator[Sequence]:
+    if meaning.samples == batch:
+        yield from meaning.sequences
+        return
+    for sample in range(batch):
+        yield from (replace(sequence, sample=sample) for sequence in meaning.sequences)
+
+
+def _ends(lens: list[int]) -> Tensor:
+    return F.pad(torch.tensor(lens).cumsum(0), (1, 0)).int()
+
+
+def _unless_all(positions: list[Tensor], total: int, device: torch.device) -> Tensor | None:
+    """Where rows are to be taken from; None where that is from all of them, in order."""
+    joined = torch.cat(positions)
+    return None if torch.equal(joined, torch.arange(total)) else joined.to(device)
+
+
+def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool) -> PackingPlan:
+    keys = valid.keys.expand(batch, -1)
+    if seqused and valid.k_leading and valid.queries is None:
+        return _plan_leading(keys, valid.k_lens, batch, q_len, k_len)
+
+    k_lens = _each(valid.k_lens, batch)
+    if valid.queries is None:
+        q_lens: tuple[int, ...] = (q_len,) * batch
+        ends_q = torch.arange(batch + 1, dtype=torch.int32, device=keys.device) * q_len
+        indices_q = None
+    else:
+        queries = valid.queries.expand(batch, -1)
+        q_lens = _each(valid.q_lens, batch)
+        ends_q, indices_q = _cu_seqlens(queries), _indices(queries, sum(q_lens))
+    return PackingPlan(
+        "packed",
+        batch,
+        q_len,
+        k_len,
+        cu_seqlens_q=ends_q,
+        cu_seqlens_k=_cu_seqlens(keys),
+        max_seqlen_q=max(q_lens, default=0),
+        max_seqlen_k=max(k_lens, default=0),
+        indices_q=indices_q,
+        indices_k=_indices(keys, sum(k_lens)),
+    )
+
+
+def _plan_leading(
+    keys: Tensor, k_lens: tuple[int, ...], batch: int, q_len: int, k_len: int
+) -> PackingPlan:
+    end = max(*k_lens, 1)  # of no key at all, a kernel is told by seqused_k
+    plan = PackingPlan("seqused", batch, q_len, k_len, end_key=end if end < k_len else None)
+    if min(k_lens) == end:
+        return plan
+    first = torch.arange(0, batch * k_len, k_len, device=keys.device)
+    if 0 in k_lens:  # laid end to end, what such a sample has is read with the one before it
+        first = torch.where(keys[:, 0], first, k_lens.index(max(k_lens)) * k_len)
+    places = torch.arange(end, device=keys.device) * keys[:, :end]
+    rows_v = (first[:, None] + places).flatten()
+    return replace(plan, seqused_k=keys.sum(-1, dtype=torch.int32), rows_v=rows_v)
+
+
+def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:
+    keys = keys.expand(batch, -1)
+    lens = keys.sum(-1)
+    return PackingPlan(
+        "static",
+        batch,
+        q_len,
+        k_len,
+        seqused_k=lens.int(),
+        indices_k=_valid_first(keys, lens).flatten(),
+    )
+
+
+def _valid_first(keys: Tensor, lens: Tensor) -> Tensor:
+    """(B, Sk) positions in B * Sk: of each sample's valid keys, then of one of them in the rest."""
+    batch, k_len = keys.shape
+    every = torch.arange(batch * k_len, device=keys.device).view(batch, k_len)
+    if not every.numel():
+        return every
+    first = every[:, 0] + keys.int().argmax(-1)
+    rest = torch.where(lens > 0, first, first.index_select(0, lens.argmax(0, keepdim=True)))
+    # Where each key goes: valid ones to the front, in their order; others to one place too many.
+    place = torch.where(keys, keys.cumsum(-1) - 1, k_len)
+    return rest[:, None].repeat(1, k_len + 1).scatter_(-1, place, every)[:, :k_len]
+
+
+def _each(lens: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    """One length for each sample, also where one row of the mask serves all."""
+    return lens if len(lens) == batch else lens * batch
+
+
+def _cu_seqlens(valid: Tensor) -> Tensor:
+    """Counted where `valid` (B, S) lies: to send what the host knows, it would have to wait."""
+    return F.pad(valid.sum(-1).cumsum(0), (1, 0)).int()
+
+
+def _indices(valid: Tensor, total: int) -> Tensor:
+    """Positions of True in `valid` as (B * S); the total is known, so nothing is read back."""
+    return torch.nonzero_static(valid.flatten(), size=total).flatten()
+
+
+def _take(x: Tensor, indices: Tensor | None) -> Tensor:
+    """Rows of (B, S, H, D) at `indices` into B * S, copied once whatever the strides."""
+    if indices is None:
+        return x.flatten(0, 1)
+    if x.is_floating_point() and x.dtype.itemsize == 1:  # not every torch indexes float8 on a GPU
+        return _take(x.view(torch.uint8), indices).view(x.dtype)
+    length = x.shape[1]
+    if x.stride(0) == length * x.stride(1):
+        return x.flatten(0, 1).index_select(0, indices)
+    return x[indices // length, indices % length]

@@ -1,0 +1,108 @@
+"""Finding a plan again: layers share masks, and a plan costs one read from the device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from threading import Lock
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from diffusers_fa3.errors import FA3Error
+from diffusers_fa3.masks.meaning import Opaque
+from diffusers_fa3.masks.packing import PackingPlan
+
+Plan = PackingPlan | Opaque
+
+CAPACITY = 256
+"""Plans remembered at a time: more than the models of a process use in one forward."""
+
+
+class PlanCache:
+    """Plans by the tensors that they follow from, for as long as those live unchanged.
+
+    A tensor is known by the one that owns its memory (held weakly), that one's version, which any
+    in-place edit raises, and how it views it. Never by address: memory is reused. Tensors without a
+    version (made in inference mode) could be edited unseen: nothing is remembered of them.
+
+    Args:
+        verify: make a plan anew at every reuse, too, and compare: slow, to find a wrong reuse.
+    """
+
+    def __init__(self, verify: bool = False) -> None:
+        self.verify = verify
+        self._plans: OrderedDict[object, tuple[tuple[TensorWeakRef, ...], Plan]] = OrderedDict()
+        self._lock = Lock()
+
+    def find(
+        self,
+        sources: Sequence[Tensor],
+        call: object,
+        make: Callable[[], Plan],
+        certain: bool = True,
+    ) -> tuple[Plan, bool]:
+        """The plan that follows from `sources` and `call`, and whether it was made just now.
+
+        Args:
+            sources: tensors, together with `call` all that the plan depends on.
+            call: hashable.
+            make: makes the plan where there is none.
+            certain: whether it depends on nothing else for sure. If not, only a refusal is found
+                again: the default attention, which serves then, is right for any mask.
+        """
+        if any(source.is_inference() for source in sources):
+            return make(), True
+        owners = [owner_of(source) for source in sources]
+        key = (tuple(map(_view, sources, owners)), call)
+        remembered = self._plans.get(key)
+        if remembered is not None and (certain or isinstance(remembered[1], Opaque)):
+            references, plan = remembered
+            if all(ref() is owner for ref, owner in zip(references, owners)):
+                if self.verify and certain and not _same(plan, make()):
+                    raise FA3Error(f"a plan was reused for another mask; call: {call}")
+                return plan, False
+        plan = make()
+        with self._lock:
+            self._forget_the_dead()
+            self._plans[key] = (tuple(map(TensorWeakRef, owners)), plan)
+        return plan, True
+
+    def _forget_the_dead(self) -> None:
+        for key, (references, _) in list(self._plans.items()):
+            if any(reference() is None for reference in references):
+                del self._plans[key]
+        while len(self._plans) >= CAPACITY:
+            self._plans.popitem(last=False)
+
+
+def owner_of(source: Tensor) -> Tensor:
+    """The tensor that the memory of this one belongs to."""
+    return source if source._base is None else source._base
+
+
+def _same(plan: Plan, other: Plan) -> bool:
+    if isinstance(plan, Opaque) or isinstance(other, Opaque):
+        return plan == other
+    return all(_alike(getattr(plan, f.name), getattr(other, f.name)) for f in fields(plan))
+
+
+def _alike(one: object, two: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, PackingPlan) and isinstance(two, PackingPlan):
+        return _same(one, two)
+    return one == two
+
+
+def _view(source: Tensor, owner: Tensor) -> tuple[object, ...]:
+    return (
+        id(owner),
+        owner._version,
+        source.dtype,
+        source.shape,
+        source.stride(),
+        source.storage_offset(),
+    )
