@@ -24,6 +24,7 @@ ROOMS = {
         "block_masks",
         "processor",
         "rebind",
+        "names",
         "calls",
         "given",
         "host",

@@ -65,8 +65,6 @@ class Layer:
     """None: no single layer, but diffusers' process-wide backend."""
     settings: Settings
     name: str = ""
-    attends: bool = True
-    """Whether the processor has an attention call; one with linear attention has none."""
     pack_queries: bool = False
     """Whether padded tokens are left out as queries, too."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -97,6 +95,10 @@ class Layer:
         return " of ".join([*own, *filter(None, [self.name])])
 
 
+LEAVE_ATTENTION_OUT = frozenset({"LTX2PerturbedAttnProcessor"})
+"""Processors that make no attention call where that is what they are told to do."""
+
+
 class Frame:
     """One run of a switched layer's processor, on this thread."""
 
@@ -114,10 +116,14 @@ class Frame:
 
     def __exit__(self, failed: object, *_: object) -> None:
         _running.frame = self.outer
-        if failed is None and not self.layer.attends:
+        if failed is None and not (self.attention_calls or self._may_leave_attention_out()):
             reason = "makes no attention call that could be switched"
             way_out = "leave the layer out by `layers`"
             self.layer.decline(reason, UnsupportedModelError(f"{self.layer} {reason}; {way_out}"))
+
+    def _may_leave_attention_out(self) -> bool:
+        mro = type(self.layer.processor).__mro__
+        return any(base.__name__ in LEAVE_ATTENTION_OUT for base in mro)
 
     def attend(
         self,
@@ -212,17 +218,12 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, as a switched processor sees it.
-
-    The default of `dropout_p` is a whole number: where all sizes are dynamic, Dynamo takes a float
-    for a symbol, named after where it was found. The globals that this is called from have another
-    name in each attempt, so that it would not know it again, and try many times.
-    """
+    """`torch.nn.functional.scaled_dot_product_attention`, as a switched processor sees it."""
     frame = _running.frame
     if frame is not None:
         if dropout_p > 0:
@@ -251,7 +252,7 @@ def dispatch_attention_fn(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.kernels import KernelChoice
 from diffusers_fa3.layers.calls import Fallback, Frame, Layer, Settings
-from diffusers_fa3.layers.rebind import calls_attention, rebound
+from diffusers_fa3.layers.rebind import Helpers, bases_on_ours
 
 READY_MADE_SIGNATURES = TorchVersion(torch.__version__) < "2.14" and sys.version_info >= (3, 11)
 """diffusers sorts a layer's arguments by its processor's signature, in every call: a ready-made one
@@ -99,7 +99,7 @@ def wrap(
         )
     wrapped: FA3AttnProcessor = object.__new__(_wrapped_class(cls))
     object.__setattr__(wrapped, "__dict__", processor.__dict__)
-    layer = Layer(processor, settings, name, calls_attention(cls), pack_queries)
+    layer = Layer(processor, settings, name, pack_queries)
     object.__setattr__(wrapped, "_fa3", layer)
     return wrapped
 
@@ -126,13 +126,23 @@ def _request(settings: Settings) -> FA3AttnProcessor:
     return FA3AttnProcessor(kernel=settings.kernel, fallback=settings.fallback)
 
 
+def _class_of(processor: FA3AttnProcessor, own: type) -> type:
+    """The class of the layer's own processor, as code sees it that looks at `__class__`.
+
+    But Dynamo of torch 2.13 looks for methods there, which have to be found where `type` says.
+    """
+    asking: str = sys._getframe(1).f_globals.get("__name__", "")
+    return type(processor) if asking.startswith("torch._dynamo.") else own
+
+
 @functools.cache
 def _wrapped_class(cls: type) -> type:
-    twin = rebound(cls)
-    own_call = twin.__call__ if hasattr(twin, "__call__") else cls.__call__  # noqa: B004
+    helpers = Helpers(cls)
 
     @functools.wraps(cls.__call__)
     def __call__(self: FA3AttnProcessor, *args: Any, **kwargs: Any) -> Any:
+        if helpers and not torch.compiler.is_compiling():
+            helpers.follow()
         with Frame(self._fa3, args, kwargs):
             return own_call(self, *args, **kwargs)
 
@@ -140,14 +150,18 @@ def _wrapped_class(cls: type) -> type:
         vars(__call__)["__signature__"] = inspect.signature(cls.__call__)
     # Dynamo guards the number of defaults, which None does not have.
     setattr(__call__, "__defaults__", ())  # noqa: B010  # for mypy, it is no function
-    return type(cls)(
+    wrapped = type(cls)(
         cls.__name__,
-        (FA3AttnProcessor, twin, cls),
+        (FA3AttnProcessor, *bases_on_ours(cls)),
         {
             "__slots__": (),
             "__call__": __call__,
-            "__class__": property(lambda self: cls),
+            "__class__": property(functools.partial(_class_of, own=cls)),
             "__module__": cls.__module__,
             "__doc__": cls.__doc__,
         },
     )
+    # The class's own, rebound or not: nn.Module's, where the class has a forward.
+    _, _, *behind = wrapped.__mro__
+    own_call = next(vars(base)["__call__"] for base in behind if "__call__" in vars(base))
+    return wrapped
