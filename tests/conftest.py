@@ -60,5 +60,5 @@ def pytest_terminal_summary(
 ) -> None:
     """Print the table."""
     if TABLE in config.stash:
-        terminalreporter.section("routes of each model, as in the README")
+        terminalreporter.section("routes of each model, as in docs/coverage.md")
         terminalreporter.write_line(config.stash[TABLE])

@@ -1,6 +1,7 @@
-"""The tables of models in the README: measured here, on every case and layout of the zoo.
+"""The tables of models in `docs/`: measured here, on every case and layout of the zoo.
 
-`pytest` prints the first at the end of a run that measured it.
+`python tests/support.py` writes them there. `pytest` prints the table of routes at the end of a run
+that measured it.
 """
 
 from __future__ import annotations
@@ -152,23 +153,38 @@ TABLES = {
     "upstream_summary": upstream_summary_table,
     "upstream": upstream_table,
 }
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {
+    "routes": DOCS / "coverage.md",
+    "upstream_summary": DOCS / "upstream.md",
+    "upstream": DOCS / "upstream.md",
+}
+"""Where each table stands, between `<!-- table: NAME -->` and `<!-- /table -->`."""
 
 
-def table_in(text: str, name: str) -> str:
-    """The table of the README that `name` marks."""
-    return text.split(f"<!-- table: {name} -->\n")[1].split("<!-- /table -->")[0].strip()
+def written_table(name: str) -> str:
+    """A table as its page has it."""
+    return _around(name)[1].strip()
+
+
+def write_table(name: str, table: str) -> None:
+    """Put a table in its place."""
+    before, _, after = _around(name)
+    PAGES[name].write_text(f"{before}{table}\n{after}")
+
+
+def _around(name: str) -> tuple[str, str, str]:
+    """The page of a table: up to its mark, the table, and from its end on."""
+    mark, end = f"<!-- table: {name} -->\n", "<!-- /table -->"
+    before, after = PAGES[name].read_text().split(mark)
+    table, rest = after.split(end, 1)
+    return before + mark, table, end + rest
 
 
 def main() -> None:
-    """Measure the tables and write them into the README."""
-    readme = Path(__file__).parents[1] / "README.md"
-    text = readme.read_text()
-    for name, table in TABLES.items():
-        start = f"<!-- table: {name} -->\n"
-        before, after = text.split(start)
-        _, rest = after.split("<!-- /table -->", 1)
-        text = f"{before}{start}{table()}\n<!-- /table -->{rest}"
-    readme.write_text(text)
+    """Measure the tables and write them into their pages."""
+    for name, measure in TABLES.items():
+        write_table(name, measure())
 
 
 if __name__ == "__main__":

@@ -227,6 +227,6 @@ def table_of(lines: Lines, title: str) -> Table:
 
 
 def markdown_of(lines: Lines) -> str:
-    """A table for the README."""
+    """The tables as Markdown."""
     head, *body = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ("---",) * len(head), *body])
