@@ -73,7 +73,7 @@ def attend(
     axes_2d: Axes2D = "bk",
     pack_queries: bool = False,
     find_plan: FindPlan | None = None,
-    owner: int = 0,
+    switch_id: int = 0,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Served | Declined:
@@ -95,7 +95,7 @@ def attend(
         backward=torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
-    chosen = _choose(request, q.device, kernel, owner)
+    chosen = _choose(request, q.device, kernel, switch_id)
     if isinstance(chosen, Declined):
         return chosen
 
@@ -109,7 +109,7 @@ def attend(
         return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
     if plan.window != (-1, -1):
         # Only now is it known that a sliding window is needed, which not every build has.
-        chosen = _choose(request._replace(window=True), q.device, kernel, owner)
+        chosen = _choose(request._replace(window=True), q.device, kernel, switch_id)
         if isinstance(chosen, Declined):
             return chosen
 
@@ -222,7 +222,7 @@ class _ForGraph(NamedTuple):
 
 
 def _choose(
-    request: Request, device: torch.device, kernel: KernelChoice, owner: int
+    request: Request, device: torch.device, kernel: KernelChoice, switch_id: int
 ) -> Kernel | _ForGraph | Declined:
     if torch.compiler.is_compiling() and isinstance(kernel, str):
         if request.backward:
@@ -234,7 +234,7 @@ def _choose(
         name, seqused_k, reads_padding, refusal = choose_for_graph(device, kernel, *request)
         if refusal:
             return Declined(refusal, KernelUnavailableError(refusal))
-        return _ForGraph(name, seqused_k, reads_padding, traceable(name, owner))
+        return _ForGraph(name, seqused_k, reads_padding, traceable(name, switch_id))
     try:
         return select(request, read_machine(device), kernel)
     except KernelUnavailableError as error:

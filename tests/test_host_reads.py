@@ -17,7 +17,7 @@ from zoo.case import cast, key_mask
 from zoo.watch import watched
 
 from diffusers_fa3 import coverage, enable_fa3, plan_packing
-from diffusers_fa3.layers import calls
+from diffusers_fa3.layers import frame
 from diffusers_fa3.masks import read
 from diffusers_fa3.masks.outer import OuterMask
 from diffusers_fa3.masks.packing import PackingPlan
@@ -48,7 +48,7 @@ ON_A_KERNEL = [run for run in RUNS if "flex_attention" not in run[0].unreached]
 
 @pytest.fixture(autouse=True)
 def no_plans_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "PLANS", PlanCache())
+    monkeypatch.setattr(frame, "PLANS", PlanCache())
 
 
 @pytest.fixture

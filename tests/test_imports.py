@@ -26,6 +26,8 @@ ROOMS = {
         "rebind",
         "names",
         "calls",
+        "frame",
+        "record",
         "given",
         "host",
     ),

@@ -22,9 +22,9 @@ from diffusers_fa3 import (
     enable_fa3,
     plan_packing,
 )
-from diffusers_fa3.layers.calls import PLANS
+from diffusers_fa3.layers.frame import PLANS
 from diffusers_fa3.layers.pads import PADS_UNREAD
-from diffusers_fa3.layers.processor import layer_of
+from diffusers_fa3.layers.processor import record_of
 
 PADDED: tuple[Layout, ...] = ("right", "left", "ragged", "gap")
 LISTED = [case for case in CASES if case.model.__name__ in PADS_UNREAD]
@@ -78,7 +78,7 @@ def test_layers_that_are_not_listed_keep_their_queries() -> None:
     """As many image tokens as text tokens: by its lengths, cross attention looks like any other."""
     (case,) = (case for case in LISTED if case.name == "hunyuan_video")
     model = switched(case, pack_queries=True)
-    packs = {name: layer_of(m.processor).pack_queries for name, m in attention_layers(model)}
+    packs = {name: record_of(m.processor).pack_queries for name, m in attention_layers(model)}
     assert {name.partition(".")[0] for name, asked in packs.items() if asked} == {
         "transformer_blocks",
         "single_transformer_blocks",
@@ -93,7 +93,7 @@ def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def test_copies_of_a_model_do_the_same() -> None:
     model = switched(LISTED[0], pack_queries=True)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert any(layer_of(m.processor).pack_queries for _, m in attention_layers(twin))
+        assert any(record_of(m.processor).pack_queries for _, m in attention_layers(twin))
 
 
 def test_a_model_that_may_read_its_padding_is_refused_and_left_alone() -> None:
@@ -102,7 +102,7 @@ def test_a_model_that_may_read_its_padding_is_refused_and_left_alone() -> None:
     with pytest.raises(UnsupportedModelError, match=r"QwenImage.*got FluxTransformer2DModel"):
         enable_fa3(model, kernel="reference", pack_queries=True)
     assert isinstance(model, FluxTransformer2DModel)
-    assert all(layer_of(m.processor) is None for _, m in attention_layers(model))
+    assert all(record_of(m.processor) is None for _, m in attention_layers(model))
 
 
 @pytest.mark.parametrize("layout", PADDED)

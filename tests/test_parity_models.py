@@ -16,7 +16,7 @@ from zoo.case import BATCH, cast
 from zoo.watch import watched
 
 from diffusers_fa3 import FA3AttnProcessor, FA3Error, coverage, disable_fa3, enable_fa3
-from diffusers_fa3.layers.calls import PLANS
+from diffusers_fa3.layers.frame import PLANS
 
 NO_CALL = "makes no attention call that could be switched"
 VARLEN = ("packed", "seqused", "band")

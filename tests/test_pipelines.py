@@ -43,9 +43,9 @@ from diffusers_fa3 import (
     register,
     unregister,
 )
-from diffusers_fa3.layers.calls import PLANS
 from diffusers_fa3.layers.enable import models_of
-from diffusers_fa3.layers.processor import layer_of
+from diffusers_fa3.layers.frame import PLANS
+from diffusers_fa3.layers.processor import record_of
 
 BY_NAME = {case.name: case for case in CASES}
 ALL_PIPELINES = ("0.37", "cannot import all of its pipelines beside transformers 5")
@@ -393,7 +393,7 @@ def test_perturbed_attention_guidance_takes_its_layers_away_unless_they_are_wrap
     for row in coverage(pipe).rows:
         assert row.kernel == "reference"
         assert bool(row.calls) != row.name.endswith("blocks.1.attn1")
-    assert [layer_of(processor).calls.total() for processor in ours] == [2 * wrapped, 0]
+    assert [record_of(processor).calls.total() for processor in ours] == [2 * wrapped, 0]
 
 
 # --- modular pipelines ---------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from diffusers_fa3 import (
     coverage,
     enable_fa3,
 )
-from diffusers_fa3.layers.processor import layer_of, unwrap
+from diffusers_fa3.layers.processor import record_of, unwrap
 
 DIM, HEADS = 32, 4
 
@@ -111,7 +111,10 @@ def test_a_copy_is_switched_too_and_independent(how) -> None:
     assert torch.equal(other(states()), attn(states()))
     assert (routes(attn), routes(other)) == ({"dense": 2}, {"dense": 1})
     assert unwrap(other.processor) is not unwrap(attn.processor)
-    assert layer_of(other.processor).settings.owner != layer_of(attn.processor).settings.owner
+    assert (
+        record_of(other.processor).settings.switch_id
+        != record_of(attn.processor).settings.switch_id
+    )
     assert type(unwrap(other.processor)) is AttnProcessor2_0
 
 
@@ -281,8 +284,8 @@ def test_nested_processors_count_for_themselves() -> None:
     enable_fa3(attn, kernel="reference", fallback="error")
     attn(states())
     assert routes(attn) == {"dense": 1}
-    assert layer_of(inner) is not None
-    assert dict(layer_of(inner).calls) == {("reference", "dense"): 1}
+    assert record_of(inner) is not None
+    assert dict(record_of(inner).calls) == {("reference", "dense"): 1}
 
 
 def test_dropout_goes_to_the_default_attention() -> None:
@@ -292,8 +295,8 @@ def test_dropout_goes_to_the_default_attention() -> None:
 
     wrapped = FA3AttnProcessor(Dropping(), kernel="reference", fallback="silent")
     wrapped(None, states())
-    assert layer_of(wrapped) is not None
-    assert dict(layer_of(wrapped).fallbacks) == {"attention dropout": 1}
+    assert record_of(wrapped) is not None
+    assert dict(record_of(wrapped).fallbacks) == {"attention dropout": 1}
 
 
 # --- plans are found again -----------------------------------------------------------------------
@@ -357,7 +360,7 @@ def test_each_attention_call_of_a_processor_has_its_own_plan(
     for _ in range(2):
         output = wrapped(None, states(), attention_mask=mask)
         torch.testing.assert_close(output, TwoCalls()(None, states(), attention_mask=mask))
-    record = layer_of(wrapped)
+    record = record_of(wrapped)
     assert record is not None
     assert (record.plans_made, record.plans_reused) == (2, 2)
 

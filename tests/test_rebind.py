@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from releases import needs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import CASES
@@ -318,6 +319,7 @@ class InAPlainMethod(AttnProcessor2_0):
 
 @pytest.mark.parametrize("processor", [*MODULES, InMethods, InAPlainMethod])
 def test_a_processor_compiles_whose_attention_is_in_a_method(processor: type) -> None:
+    torch._dynamo.reset()  # all of them compile one forward of diffusers
     attn = layer(processor())
     expected = attn(states())
     enable_fa3(attn, kernel="reference", fallback="error")
@@ -341,7 +343,9 @@ def with_graph_breaks(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tenso
     return model, lambda model: case.run(model, "none")
 
 
-@pytest.mark.parametrize("name", ["flux", "qwenimage", "unet_sd15"])
+# diffusers 0.36 calls a cached function in its dispatcher
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning")
+@pytest.mark.parametrize("name", ["flux", "sd3", "unet_sd15"])
 @pytest.mark.parametrize("first", ["switched", "other"])
 def test_a_switched_model_and_another_are_compiled_in_any_order(name: str, first: str) -> None:
     torch._dynamo.reset()
@@ -411,6 +415,7 @@ def test_a_processor_whose_attention_is_out_of_reach_is_counted_and_told(process
 
 
 def test_a_processor_told_to_leave_attention_out_is_not_called_unreached() -> None:
+    needs("0.37", "has no perturbed attention in LTX 2")
     case = BY_NAME["ltx2_perturbed_throughout"]
     model = case.build()
     enable_fa3(model, kernel="reference", fallback="error")

@@ -21,10 +21,10 @@ from diffusers_fa3.kernels.installed import kernel_named, select
 from diffusers_fa3.kernels.out import out_dtype
 
 executed: Counter[tuple[int, str, str]] = Counter()
-"""Calls that compiled graphs made: by owner (an enable_fa3, 0 for none), kernel and route."""
+"""Calls that compiled graphs made: by switch (see `Settings.switch_id`; 0: none), kernel, route."""
 
 declined: Counter[tuple[int, str]] = Counter()
-"""Calls that were compiled as the default attention: by owner and reason, once per compilation."""
+"""Calls that were compiled as the default attention: by switch, reason; once per compilation."""
 
 
 @torch.library.custom_op("diffusers_fa3::forward_into", mutates_args={"out"})
@@ -43,15 +43,15 @@ def forward_into(
     seqused_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    owner: int,
+    switch_id: int,
     return_lse: bool,
 ) -> Tensor:
     """`Forward` of the kernel of that name, into `out`; the log-sum-exp, empty if not asked for.
 
-    Padding in v is safe to read. The call is counted for `owner` each time it runs.
+    Padding in v is safe to read. The call is counted for `switch_id` each time it runs.
     """
     route = "packed" if cu_seqlens_q is not None else "dense" if seqused_k is None else "static"
-    executed[owner, kernel, route] += 1
+    executed[switch_id, kernel, route] += 1
     _, lse = kernel_named(kernel).forward(
         q,
         k,
@@ -80,10 +80,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any) -> Tensor:
 
 # Assumed constant, which is to say: run now, while the graph is traced.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
-def note_declined(owner: int, reason: str, warn: bool) -> None:
+def note_declined(switch_id: int, reason: str, warn: bool) -> None:
     """Count a call that becomes the default attention in the graph that is being traced."""
-    declined[owner, reason] += 1
-    if warn and declined[owner, reason] == 1:
+    declined[switch_id, reason] += 1
+    if warn and declined[switch_id, reason] == 1:
         warnings.warn(f"compiled as the default attention: {reason}", FallbackWarning, stacklevel=2)
 
 
@@ -105,7 +105,7 @@ def choose_for_graph(
     return chosen.name, chosen.seqused_k, chosen.reads_padding, ""
 
 
-def traceable(kernel: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def traceable(kernel: str, switch_id: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """`Forward` of the kernel of that name, for a graph that is being traced."""
 
     def forward(
@@ -141,7 +141,7 @@ def traceable(kernel: str, owner: int) -> Callable[..., tuple[Tensor, Tensor | N
             seqused_k,
             max_seqlen_q or 0,
             max_seqlen_k or 0,
-            owner,
+            switch_id,
             return_lse,
         )
         return out, lse if return_lse else None

@@ -58,14 +58,14 @@ class ByIdentity(Generic[Facts]):
 
     def __call__(self, thing: Any) -> Facts:
         """What is known of `thing`, read now where it is new."""
-        owner = thing.__func__ if isinstance(thing, MethodType) else thing
-        key = (id(owner), owner is thing)
+        known_by = thing.__func__ if isinstance(thing, MethodType) else thing
+        key = (id(known_by), known_by is thing)
         known = self._known.get(key)
-        if known is not None and known[0]() is owner:
+        if known is not None and known[0]() is known_by:
             return known[1]
         facts = self._read(thing)
-        if type(owner).__weakrefoffset__:
-            self._known[key] = (weakref.ref(owner, lambda _: self._known.pop(key, None)), facts)
+        if type(known_by).__weakrefoffset__:
+            self._known[key] = (weakref.ref(known_by, lambda _: self._known.pop(key, None)), facts)
         return facts
 
 

@@ -1,216 +1,22 @@
-"""What a processor calls in place of PyTorch's and diffusers' attention, and what it is counted on.
+"""What a processor calls in place of PyTorch's and diffusers' attention.
 
-A processor runs inside a `Frame`, which knows the layer that it serves. The two functions below
-have the signatures of those that they replace, and hand the call to that frame.
+The two functions below have the names and signatures of those that they replace. They hand the call
+to the `Frame` of the layer that is running, and where no kernel serves it, to those they replace.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import warnings
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import count
 from types import NoneType
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_fa3.attention import Declined, Served, attend
-from diffusers_fa3.errors import (
-    FA3Error,
-    FallbackWarning,
-    InputError,
-    KernelUnavailableError,
-    UnsupportedModelError,
-)
-from diffusers_fa3.kernels import KernelChoice, note_declined
 from diffusers_fa3.layers import host
-from diffusers_fa3.layers.given import read_arguments
-from diffusers_fa3.masks import Axes2D, Plan, PlanCache, sources_of
+from diffusers_fa3.layers.frame import Frame, running
 
 host.check()
-
-Fallback = Literal["warn", "error", "silent"]
-
-PLANS = PlanCache(verify=os.environ.get("DIFFUSERS_FA3_VERIFY_PLANS") == "1")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for, shared by the layers that were switched together."""
-
-    kernel: KernelChoice = "auto"
-    fallback: Fallback = "warn"
-    warned: set[tuple[str, str]] = field(default_factory=set, compare=False)
-    """(processor class, reason) of the warnings that were given."""
-    owner: int = field(default_factory=count(1).__next__, compare=False)
-    """By which compiled graphs know whose calls they make: they cannot count on a layer."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is another owner."""
-        return Settings, (self.kernel, self.fallback)
-
-
-@dataclass(eq=False)
-class Layer:
-    """A switched layer: the processor that it had, and what became of its attention calls."""
-
-    processor: Any
-    """None: no single layer, but diffusers' process-wide backend."""
-    settings: Settings
-    name: str = ""
-    pack_queries: bool = False
-    """Whether padded tokens are left out as queries, too."""
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By kernel and route."""
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    """By reason."""
-    plans_made: int = 0
-    plans_reused: int = 0
-
-    def decline(self, reason: str, error: FA3Error) -> None:
-        """Count a call that the default attention serves; raise or warn as the user asked."""
-        refused = isinstance(error, KernelUnavailableError) and self.settings.kernel != "auto"
-        if refused or self.settings.fallback == "error":
-            raise error
-        if torch.compiler.is_compiling():
-            note_declined(self.settings.owner, reason, self.settings.fallback == "warn")
-            return
-        self.fallbacks[reason] += 1
-        warning = (type(self.processor).__name__, reason)
-        if self.settings.fallback == "warn" and warning not in self.settings.warned:
-            self.settings.warned.add(warning)
-            warnings.warn(
-                f"{self}: the default attention serves: {reason}", FallbackWarning, stacklevel=2
-            )
-
-    def __str__(self) -> str:
-        own = [] if self.processor is None else [type(self.processor).__name__]
-        return " of ".join([*own, *filter(None, [self.name])])
-
-
-LEAVE_ATTENTION_OUT = frozenset({"LTX2PerturbedAttnProcessor"})
-"""Processors that make no attention call where that is what they are told to do."""
-
-
-class Frame:
-    """One run of a switched layer's processor, on this thread."""
-
-    __slots__ = ("args", "attention_calls", "kwargs", "layer", "outer")
-
-    def __init__(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer = layer
-        self.args = args
-        self.kwargs = kwargs
-        self.attention_calls = 0
-
-    def __enter__(self) -> None:
-        self.outer = _running.frame
-        _running.frame = self
-
-    def __exit__(self, failed: object, *_: object) -> None:
-        _running.frame = self.outer
-        if failed is None and not (self.attention_calls or self._may_leave_attention_out()):
-            reason = "makes no attention call that could be switched"
-            way_out = "leave the layer out by `layers`"
-            self.layer.decline(reason, UnsupportedModelError(f"{self.layer} {reason}; {way_out}"))
-
-    def _may_leave_attention_out(self) -> bool:
-        mro = type(self.layer.processor).__mro__
-        return any(base.__name__ in LEAVE_ATTENTION_OUT for base in mro)
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        *,
-        scale: float | None,
-        causal: bool,
-        axes_2d: Axes2D,
-    ) -> Tensor | None:
-        """The kernel's output, or None, counted, where the default attention is to serve."""
-        unseen = _what_a_kernel_would_miss(mask)
-        if unseen:
-            self.decline(unseen)
-            return None
-        self.attention_calls += 1
-        layer = self.layer
-        answer: Served | Declined
-        try:
-            answer = attend(
-                q,
-                k,
-                v,
-                mask,
-                scale=scale,
-                causal=causal,
-                kernel=layer.settings.kernel,
-                axes_2d=axes_2d,
-                pack_queries=layer.pack_queries,
-                find_plan=self._find_plan,
-                owner=layer.settings.owner,
-            )
-        except InputError as error:
-            answer = Declined(str(error), error)
-        if isinstance(answer, Declined):
-            layer.decline(answer.reason, answer.error)
-            return None
-        if not torch.compiler.is_compiling():
-            layer.calls[answer.kernel, answer.route] += 1
-        return answer.out
-
-    def decline(self, reason: str) -> None:
-        """The default attention is to serve this call; no kernel need be asked."""
-        self.attention_calls += 1
-        self.layer.decline(reason, InputError(f"{reason}: no kernel takes this"))
-
-    def _find_plan(self, mask: Tensor, call: object, make: Callable[[], Plan]) -> Plan:
-        """The plan of an earlier layer that was given the same masks, or of this very mask.
-
-        Many of diffusers' processors build the mask of their attention call anew, in every layer,
-        from what they were given; there it is that which is recognised.
-        """
-        sources, certain = sources_of(mask), True
-        given = read_arguments(self.layer.processor, self.args, self.kwargs)
-        if given is not None and not given.holds(sources):
-            sources, certain = tuple(given.masks), given.settles(mask)
-            made_by = (type(self.layer.processor), self.attention_calls, mask.dtype, mask.shape)
-            call = (call, *made_by, *given.rest)
-        plan, made = PLANS.find(sources, call, make, certain)
-        self.layer.plans_made += made
-        self.layer.plans_reused += not made
-        return plan
-
-
-def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
-    """What only PyTorch's attention can follow; empty where there is nothing of the kind."""
-    if mask is not None and mask.is_meta:
-        return "mask on the meta device, where it has no content"
-    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # torch gives it no types
-    for mode in modes:
-        # torch's own give new tensors a device. diffusers' perturbed-attention guidance sets one
-        # that has PyTorch's attention return v. One that only looks on says so.
-        looks_on = getattr(mode, "leaves_attention_alone", False)
-        if not (looks_on or type(mode).__module__.startswith("torch.")):
-            return f"{type(mode).__name__} is active, which may replace PyTorch's attention"
-    return ""
-
-
-class _Running(threading.local):
-    def __init__(self) -> None:
-        # On the instance from the first: Dynamo guards that it is there.
-        self.frame: Frame | None = None
-
-
-_running = _Running()
 
 
 def scaled_dot_product_attention(
@@ -224,14 +30,14 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, as a switched processor sees it."""
-    frame = _running.frame
+    frame = running.frame
     if frame is not None:
         if dropout_p > 0:
             frame.decline("attention dropout")
         elif not query.ndim == key.ndim == value.ndim == 4:
             frame.decline("tensors that are not (B, H, S, D)")
         else:
-            out = frame.attend(
+            out = frame.try_kernel(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
                 value.transpose(1, 2),
@@ -263,13 +69,13 @@ def dispatch_attention_fn(
     **later: Any,
 ) -> Tensor:
     """Diffusers' `dispatch_attention_fn`, as a switched processor sees it: tensors (B, S, H, D)."""
-    frame = _running.frame
+    frame = running.frame
     if frame is not None:
         reason = _why_not_dispatched(attention_kwargs, backend, later)
         if reason:
             frame.decline(reason)
         else:
-            out = attend_dispatched(
+            out = try_dispatched(
                 frame, query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config
             )
             if out is not None:
@@ -304,7 +110,7 @@ def _why_not_dispatched(
     return ""
 
 
-def attend_dispatched(
+def try_dispatched(
     frame: Frame,
     query: Tensor,
     key: Tensor,
@@ -315,7 +121,7 @@ def attend_dispatched(
     scale: float | None,
     parallel_config: Any,
 ) -> Tensor | None:
-    """`Frame.attend` for the arguments that diffusers' backends get: tensors (B, S, H, D)."""
+    """`Frame.try_kernel` for the arguments that diffusers' backends get: tensors (B, S, H, D)."""
     if parallel_config is not None:
         frame.decline("context parallelism")
     elif dropout_p > 0:
@@ -326,7 +132,7 @@ def attend_dispatched(
         # diffusers' native backend reads a 2-D mask as (B, Sk) where it is one, and leaves any
         # other to SDPA, which takes it as (Sq, Sk).
         per_key = mask is not None and mask.shape == (query.shape[0], key.shape[1])
-        return frame.attend(
+        return frame.try_kernel(
             query,
             key,
             value,

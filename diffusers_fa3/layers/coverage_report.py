@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from diffusers_fa3.kernels import declined, executed
-from diffusers_fa3.layers.calls import Layer
+from diffusers_fa3.layers.record import LayerRecord
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class Coverage:
         )
 
 
-def compiled_row(owner: int) -> Row | None:
-    """What compiled graphs did for an owner of layers; None where there are none.
+def compiled_row(switch_id: int) -> Row | None:
+    """What compiled graphs did for an switch_id of layers; None where there are none.
 
     A graph cannot count on a layer, or it would be compiled anew for each: so it is one row. Calls
     are counted as they run, but for replays of a CUDA graph; fallbacks once per compilation.
     """
-    ran = {key: n for key, n in executed.items() if key[0] == owner}
-    left = {reason: n for (of, reason), n in declined.items() if of == owner}
+    ran = {key: n for key, n in executed.items() if key[0] == switch_id}
+    left = {reason: n for (of, reason), n in declined.items() if of == switch_id}
     if not (ran or left):
         return None
     routes: Counter[str] = Counter()
@@ -97,21 +97,21 @@ def compiled_row(owner: int) -> Row | None:
     return Row("compiled graphs", "", ", ".join(kernels), dict(routes), left)
 
 
-def row_of(name: str, processor: Any, layer: Layer | None, was_switched: bool) -> Row:
-    """The row of a layer; `layer` is None where it is not switched."""
-    if layer is None:
+def row_of(name: str, processor: Any, record: LayerRecord | None, was_switched: bool) -> Row:
+    """The row of a layer; `record` is None where it is not switched."""
+    if record is None:
         return Row(name, type(processor).__name__, "default", {}, {}, replaced=was_switched)
-    kernels = sorted({kernel for kernel, _ in layer.calls})
+    kernels = sorted({kernel for kernel, _ in record.calls})
     routes: Counter[str] = Counter()
-    for (_, route), count in layer.calls.items():
+    for (_, route), count in record.calls.items():
         routes[route] += count
-    asked = layer.settings.kernel
+    asked = record.settings.kernel
     return Row(
         name,
-        type(layer.processor).__name__,
+        type(record.processor).__name__,
         ", ".join(kernels) or (asked if isinstance(asked, str) else repr(asked)),
         dict(routes),
-        dict(layer.fallbacks),
+        dict(record.fallbacks),
     )
 
 

@@ -16,13 +16,15 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from diffusers_fa3.layers.calls import Frame, Layer, Settings, attend_dispatched
+from diffusers_fa3.layers.calls import try_dispatched
 from diffusers_fa3.layers.enable import disable_fa3, enable_fa3, mark_switched, models_of
-from diffusers_fa3.layers.processor import is_request, layer_of, unwrap, wrap
+from diffusers_fa3.layers.frame import Frame
+from diffusers_fa3.layers.processor import is_request, record_of, unwrap, wrap
+from diffusers_fa3.layers.record import LayerRecord, Settings
 
 NAME = "fa3"
 
-_PROCESS = Layer(None, Settings(), 'attention_backend("fa3")')
+_PROCESS = LayerRecord(None, Settings(), 'attention_backend("fa3")')
 
 _undo: list[Callable[[], None]] = []
 
@@ -58,20 +60,20 @@ def unregister() -> None:
         _undo.pop()()
 
 
-def _patch(owner: type, name: str, replacement: Callable[..., Any]) -> None:
+def _patch(target: type, name: str, replacement: Callable[..., Any]) -> None:
     """Put `replacement`, which takes the original (or None) first, in the place of a method."""
-    original = vars(owner).get(name)
+    original = vars(target).get(name)
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(self, original, *args, **kwargs)
 
     if original is not None:
         functools.update_wrapper(patched, original)
-    setattr(owner, name, patched)
+    setattr(target, name, patched)
     _undo.append(
-        functools.partial(delattr, owner, name)
+        functools.partial(delattr, target, name)
         if original is None
-        else functools.partial(setattr, owner, name, original)
+        else functools.partial(setattr, target, name, original)
     )
 
 
@@ -85,8 +87,7 @@ def _set_processor(layer: Any, original: Callable[..., None], processor: Any) ->
 def _set_attn_processor(pipe: Any, original: Callable[..., None] | None, processor: Any) -> None:
     """Set the attention processors of the pipeline's denoisers; as the method of models."""
     if is_request(processor):
-        settings = processor._fa3.settings
-        enable_fa3(pipe, kernel=settings.kernel, fallback=settings.fallback)
+        enable_fa3(pipe, **processor._fa3.settings.options())
     elif original is not None:
         original(pipe, processor)
     else:
@@ -110,7 +111,7 @@ def _reset_attention_backend(model: Any, original: Callable[..., None]) -> None:
 
 
 def _switch_off(model: Any) -> None:
-    if any(layer_of(getattr(module, "processor", None)) for module in model.modules()):
+    if any(record_of(getattr(module, "processor", None)) for module in model.modules()):
         disable_fa3(model)
 
 
@@ -151,7 +152,7 @@ def _backend(
     _parallel_config: Any = None,
 ) -> Any:
     """Backend "fa3" of diffusers' dispatcher: tensors (B, S, H, D)."""
-    out = attend_dispatched(
+    out = try_dispatched(
         Frame(_PROCESS, (), {}),
         query,
         key,

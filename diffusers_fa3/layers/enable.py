@@ -11,10 +11,10 @@ from torch import nn
 from diffusers_fa3.errors import InputError, UnsupportedModelError
 from diffusers_fa3.kernels import KernelChoice, check_choice
 from diffusers_fa3.layers.block_masks import lay_out_masks_of, spread_masks_of
-from diffusers_fa3.layers.calls import Fallback, Settings
 from diffusers_fa3.layers.coverage_report import Coverage, compiled_row, row_of
 from diffusers_fa3.layers.pads import layers_that_pack_queries
-from diffusers_fa3.layers.processor import is_request, layer_of, unwrap, wrap
+from diffusers_fa3.layers.processor import is_request, record_of, unwrap, wrap
+from diffusers_fa3.layers.record import Fallback, Settings
 
 DENOISERS = re.compile(r"(^|_)(transformer|unet|controlnet|prior|super_res)|^decoder")
 """The names of those components of a pipeline that are switched with it, in all of diffusers."""
@@ -98,7 +98,7 @@ def disable_fa3(pipe_or_model: Any) -> None:
         UnsupportedModelError: there is no attention layer.
     """
     for _, layer in _layers(pipe_or_model):
-        if layer_of(layer.processor) is not None:
+        if record_of(layer.processor) is not None:
             layer.processor = unwrap(layer.processor)
         vars(layer).pop(SWITCHED, None)
     _for_every_module(pipe_or_model, lay_out_masks_of)
@@ -115,12 +115,12 @@ def coverage(pipe_or_model: Any) -> Coverage:
     """
     layers = list(_layers(pipe_or_model))
     rows = [
-        row_of(name, layer.processor, layer_of(layer.processor), hasattr(layer, SWITCHED))
+        row_of(name, layer.processor, record_of(layer.processor), hasattr(layer, SWITCHED))
         for name, layer in layers
     ]
-    records = [record for _, layer in layers if (record := layer_of(layer.processor)) is not None]
-    owners = dict.fromkeys(record.settings.owner for record in records)
-    compiled = [row for row in map(compiled_row, owners) if row is not None]
+    records = [record for _, layer in layers if (record := record_of(layer.processor)) is not None]
+    switches = dict.fromkeys(record.settings.switch_id for record in records)
+    compiled = [row for row in map(compiled_row, switches) if row is not None]
     return Coverage(
         (*rows, *compiled),
         sum(record.plans_made for record in records),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fa3.masks import owner_of, sources_of
+from diffusers_fa3.masks import base_of, sources_of
 
 
 @dataclass(slots=True)
@@ -24,8 +24,8 @@ class Given:
 
     def holds(self, sources: Iterable[Tensor]) -> bool:
         """Whether a mask of these sources is one of those that were given, or a view of it."""
-        owners = {id(owner_of(mask)) for mask in self.masks}
-        return owners.issuperset(id(owner_of(source)) for source in sources)
+        bases = {id(base_of(mask)) for mask in self.masks}
+        return bases.issuperset(id(base_of(source)) for source in sources)
 
     def settles(self, made: Tensor) -> bool:
         """Whether a mask that the processor made says no more than what it was given.

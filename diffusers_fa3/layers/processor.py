@@ -13,8 +13,9 @@ from torch.torch_version import TorchVersion
 
 from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.kernels import KernelChoice
-from diffusers_fa3.layers.calls import Fallback, Frame, Layer, Settings
+from diffusers_fa3.layers.frame import Frame
 from diffusers_fa3.layers.rebind import Helpers, bases_on_ours
+from diffusers_fa3.layers.record import Fallback, LayerRecord, Settings
 
 READY_MADE_SIGNATURES = TorchVersion(torch.__version__) < "2.14" and sys.version_info >= (3, 11)
 """diffusers sorts a layer's arguments by its processor's signature, in every call: a ready-made one
@@ -44,7 +45,7 @@ class FA3AttnProcessor:
     """
 
     __slots__ = ("_fa3",)
-    _fa3: Layer
+    _fa3: LayerRecord
 
     def __new__(  # noqa: D102  # the class's docstring is its
         cls,
@@ -57,7 +58,7 @@ class FA3AttnProcessor:
         if processor is not None:
             return wrap(unwrap(processor), settings)
         request = super().__new__(cls)
-        request._fa3 = Layer(None, settings)
+        request._fa3 = LayerRecord(None, settings)
         return request
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -72,10 +73,10 @@ class FA3AttnProcessor:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        layer = self._fa3
-        if layer.processor is None:
-            return _request, (layer.settings,)
-        return wrap, (layer.processor, layer.settings, layer.name, layer.pack_queries)
+        record = self._fa3
+        if record.processor is None:
+            return _request, (record.settings,)
+        return wrap, (record.processor, record.settings, record.name, record.pack_queries)
 
     def __repr__(self) -> str:
         wrapped = self._fa3.processor
@@ -99,18 +100,18 @@ def wrap(
         )
     wrapped: FA3AttnProcessor = object.__new__(_wrapped_class(cls))
     object.__setattr__(wrapped, "__dict__", processor.__dict__)
-    layer = Layer(processor, settings, name, pack_queries)
-    object.__setattr__(wrapped, "_fa3", layer)
+    record = LayerRecord(processor, settings, name, pack_queries)
+    object.__setattr__(wrapped, "_fa3", record)
     return wrapped
 
 
 def unwrap(processor: Any) -> Any:
     """The processor that was wrapped; any other object is returned as it is."""
-    layer = layer_of(processor)
-    return processor if layer is None else layer.processor
+    record = record_of(processor)
+    return processor if record is None else record.processor
 
 
-def layer_of(processor: Any) -> Layer | None:
+def record_of(processor: Any) -> LayerRecord | None:
     """The record of a wrapped processor; None for any other object, and for a bare request."""
     if not isinstance(processor, FA3AttnProcessor) or is_request(processor):
         return None
@@ -123,16 +124,18 @@ def is_request(processor: Any) -> bool:
 
 
 def _request(settings: Settings) -> FA3AttnProcessor:
-    return FA3AttnProcessor(kernel=settings.kernel, fallback=settings.fallback)
+    return FA3AttnProcessor(**settings.options())
 
 
 def _class_of(processor: FA3AttnProcessor, own: type) -> type:
     """The class of the layer's own processor, as code sees it that looks at `__class__`.
 
-    But Dynamo of torch 2.13 looks for methods there, which have to be found where `type` says.
+    But there, too, Dynamo of torch 2.13 looks for methods: it has to find those that are rebound.
     """
-    asking: str = sys._getframe(1).f_globals.get("__name__", "")
-    return type(processor) if asking.startswith("torch._dynamo.") else own
+    asking = sys._getframe(1)
+    is_dynamo = asking.f_code.co_name == "lookup_class_mro_attr"
+    # The layer that asks for the signature of `__call__` is to see the one of the class itself.
+    return type(processor) if is_dynamo and asking.f_locals["name"] != "__call__" else own
 
 
 @functools.cache

@@ -55,19 +55,19 @@ class PlanCache:
         """
         if any(source.is_inference() for source in sources):
             return make(), True
-        owners = [owner_of(source) for source in sources]
-        key = (tuple(map(_view, sources, owners)), call)
+        bases = [base_of(source) for source in sources]
+        key = (tuple(map(_view, sources, bases)), call)
         remembered = self._plans.get(key)
         if remembered is not None and (certain or isinstance(remembered[1], Opaque)):
             references, plan = remembered
-            if all(ref() is owner for ref, owner in zip(references, owners)):
+            if all(ref() is base for ref, base in zip(references, bases)):
                 if self.verify and certain and not _same(plan, make()):
                     raise FA3Error(f"a plan was reused for another mask; call: {call}")
                 return plan, False
         plan = make()
         with self._lock:
             self._forget_the_dead()
-            self._plans[key] = (tuple(map(TensorWeakRef, owners)), plan)
+            self._plans[key] = (tuple(map(TensorWeakRef, bases)), plan)
         return plan, True
 
     def _forget_the_dead(self) -> None:
@@ -78,7 +78,7 @@ class PlanCache:
             self._plans.popitem(last=False)
 
 
-def owner_of(source: Tensor) -> Tensor:
+def base_of(source: Tensor) -> Tensor:
     """The tensor that the memory of this one belongs to."""
     return source if source._base is None else source._base
 
@@ -97,10 +97,10 @@ def _alike(one: object, two: object) -> bool:
     return one == two
 
 
-def _view(source: Tensor, owner: Tensor) -> tuple[object, ...]:
+def _view(source: Tensor, base: Tensor) -> tuple[object, ...]:
     return (
-        id(owner),
-        owner._version,
+        id(base),
+        base._version,
         source.dtype,
         source.shape,
         source.stride(),

@@ -14,7 +14,7 @@ from diffusers_fa3.kernels.adapt import Result, without_keys
 from diffusers_fa3.kernels.contract import HALF, Kernel, Limits, Provider
 from diffusers_fa3.kernels.out import needs_grad
 from diffusers_fa3.kernels.providers.reference_kvcache import kvcache
-from diffusers_fa3.kernels.providers.sdpa import attend
+from diffusers_fa3.kernels.providers.sdpa import sdpa
 
 LIMITS = Limits(
     archs=("any",),
@@ -58,7 +58,7 @@ def forward(
     if q.numel() == 0 or k.numel() == 0:
         return without_keys(q, k, v, out, return_lse)
     how = partial(
-        attend,
+        sdpa,
         scale=softmax_scale,
         causal=causal,
         window=window,

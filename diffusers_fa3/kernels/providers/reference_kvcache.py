@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusers_fa3.errors import InputError
 from diffusers_fa3.kernels.adapt import Result, refuse
-from diffusers_fa3.kernels.providers.sdpa import attend
+from diffusers_fa3.kernels.providers.sdpa import sdpa
 
 
 def kvcache(
@@ -72,7 +72,7 @@ def kvcache(
         if k is not None and v is not None:
             tail = tuple(index[length:] for index in at)
             k_cache[tail], v_cache[tail] = k[sample], v[sample]
-        part, lse = attend(
+        part, lse = sdpa(
             q[sample : sample + 1],
             k_cache[at][None],
             v_cache[at][None],

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from diffusers_fa3.kernels.adapt import Result, without_keys
 
 
-def attend(
+def sdpa(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,0 +1,75 @@
+"""What the user asked for, and what became of it: the record of each switched layer."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from itertools import count
+from typing import Any, Literal
+
+import torch
+
+from diffusers_fa3.errors import FA3Error, FallbackWarning, KernelUnavailableError
+from diffusers_fa3.kernels import KernelChoice, note_declined
+
+Fallback = Literal["warn", "error", "silent"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, shared by the layers that were switched together."""
+
+    kernel: KernelChoice = "auto"
+    fallback: Fallback = "warn"
+    warned: set[tuple[str, str]] = field(default_factory=set, init=False, compare=False)
+    """(processor class, reason) of the warnings that were given."""
+    switch_id: int = field(default_factory=count(1).__next__, init=False, compare=False)
+    """By which compiled graphs know whose calls they make: they cannot count on a layer."""
+
+    def options(self) -> dict[str, Any]:
+        """What the user can say, by name."""
+        return {option.name: getattr(self, option.name) for option in fields(self) if option.init}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is another switch, with the same options."""
+        return functools.partial(Settings, **self.options()), ()
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """A switched layer: the processor that it had, and what became of its attention calls."""
+
+    processor: Any
+    """None: no single layer, but diffusers' process-wide backend."""
+    settings: Settings
+    name: str = ""
+    pack_queries: bool = False
+    """Whether padded tokens are left out as queries, too."""
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By kernel and route."""
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    plans_made: int = 0
+    plans_reused: int = 0
+
+    def decline(self, reason: str, error: FA3Error) -> None:
+        """Count a call that the default attention serves; raise or warn as the user asked."""
+        refused = isinstance(error, KernelUnavailableError) and self.settings.kernel != "auto"
+        if refused or self.settings.fallback == "error":
+            raise error
+        if torch.compiler.is_compiling():
+            note_declined(self.settings.switch_id, reason, self.settings.fallback == "warn")
+            return
+        self.fallbacks[reason] += 1
+        warning = (type(self.processor).__name__, reason)
+        if self.settings.fallback == "warn" and warning not in self.settings.warned:
+            self.settings.warned.add(warning)
+            warnings.warn(
+                f"{self}: the default attention serves: {reason}", FallbackWarning, stacklevel=2
+            )
+
+    def __str__(self) -> str:
+        own = [] if self.processor is None else [type(self.processor).__name__]
+        return " of ".join([*own, *filter(None, [self.name])])
