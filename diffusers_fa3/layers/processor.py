@@ -140,11 +140,11 @@ def _class_of(processor: FA3AttnProcessor, own: type) -> type:
 
 @functools.cache
 def _wrapped_class(cls: type) -> type:
-    helpers = Helpers(cls)
+    helpers = Helpers.of(cls)
 
     @functools.wraps(cls.__call__)
     def __call__(self: FA3AttnProcessor, *args: Any, **kwargs: Any) -> Any:
-        if helpers and not torch.compiler.is_compiling():
+        if helpers is not None and not torch.compiler.is_compiling():
             helpers.follow()
         with Frame(self._fa3, args, kwargs):
             return own_call(self, *args, **kwargs)

@@ -72,14 +72,16 @@ class Helpers:
     They are bound anew when the class is; one that is defined again, as in a notebook, is followed.
     """
 
-    def __init__(self, cls: type) -> None:
-        functions = [
-            f for base in cls.__mro__ for m in vars(base).values() for f in _functions_of(m)
-        ]
-        self._taken = list(_helper_loads(functions))
+    def __init__(self, taken: list[Load]) -> None:
+        self._taken = taken
 
-    def __len__(self) -> int:
-        return len(self._taken)
+    @classmethod
+    def of(cls, processor_class: type) -> Helpers | None:
+        """Those of a class; None where there are none."""
+        members = [member for base in processor_class.__mro__ for member in vars(base).values()]
+        functions = [function for member in members for function in _functions_of(member)]
+        taken = list(_helper_loads(functions))
+        return cls(taken) if taken else None
 
     def follow(self) -> None:
         """Put what the names lead to now in the place of what they led to before."""
