@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import index
 from typing import NamedTuple
 
 import torch
@@ -25,17 +24,18 @@ from diffusers_fa3.errors import (
 )
 from diffusers_fa3.inputs import check_inputs
 from diffusers_fa3.kernels import (
+    GraphKernel,
     Kernel,
     KernelChoice,
     Request,
     check_out,
-    choose_for_graph,
+    graph_kernel,
     read_machine,
     select,
-    traceable,
     without_keys,
 )
 from diffusers_fa3.masks import Axes2D, Opaque, PackingPlan, Plan, try_plan
+from diffusers_fa3.options import Options
 
 _UNMASKED = PackingPlan("dense", 0, 0, 0)
 """Of no sizes: tensors go to the kernel as they are, whatever they are."""
@@ -90,7 +90,7 @@ def attend(
         head_dim=head_dim,
         head_dim_v=v.shape[-1],
         varlen=mask is not None,
-        seqused_k=isinstance(mask, PackingPlan) and mask.seqused_k is not None,
+        seqused_k=isinstance(mask, PackingPlan) and mask.lengths.seqused_k is not None,
         lse=return_lse,
         backward=torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad),
@@ -105,7 +105,7 @@ def attend(
     if isinstance(plan, Opaque):
         return _declined(plan.reason, MaskError)
 
-    if plan.route == "packed" and not (plan.max_seqlen_q and plan.max_seqlen_k):
+    if plan.route == "packed" and not (plan.lengths.max_seqlen_q and plan.lengths.max_seqlen_k):
         return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
     if plan.window != (-1, -1):
         # Only now is it known that a sliding window is needed, which not every build has.
@@ -124,7 +124,7 @@ def attend(
 
 
 def _launch(
-    chosen: Kernel | _ForGraph,
+    chosen: Kernel | GraphKernel,
     plan: PackingPlan,
     q: Tensor,
     k: Tensor,
@@ -134,23 +134,13 @@ def _launch(
     out: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    options = Options(softmax_scale, causal or plan.causal, plan.window)
     if plan.route == "dense":
-        return chosen.forward(
-            q, k, v, softmax_scale=softmax_scale, causal=causal, out=out, return_lse=return_lse
-        )
-    packed_q, packed_k, packed_v = plan.pack(q, k, v, chosen.reads_padding)
+        return chosen.forward(q, k, v, options, out=out, return_lse=return_lse)
     result, lse = chosen.forward(
-        packed_q,
-        packed_k,
-        packed_v,
-        softmax_scale=softmax_scale,
-        causal=causal or plan.causal,
-        window=plan.window,
-        cu_seqlens_q=plan.cu_seqlens_q,
-        cu_seqlens_k=plan.cu_seqlens_k,
-        seqused_k=plan.seqused_k,
-        max_seqlen_q=plan.max_seqlen_q,
-        max_seqlen_k=plan.max_seqlen_k,
+        *plan.pack(q, k, v, chosen.reads_padding),
+        options,
+        plan.lengths,
         padding_is_safe=True,
         out=plan.buffer(out),
         return_lse=return_lse,
@@ -212,29 +202,16 @@ def attention(
     return answer.out if answer.lse is None else (answer.out, answer.lse)
 
 
-class _ForGraph(NamedTuple):
-    """What a graph that is being traced needs of a `Kernel`."""
-
-    name: str
-    seqused_k: bool
-    reads_padding: bool
-    forward: Callable[..., tuple[Tensor, Tensor | None]]
-
-
 def _choose(
     request: Request, device: torch.device, kernel: KernelChoice, switch_id: int
-) -> Kernel | _ForGraph | Declined:
+) -> Kernel | GraphKernel | Declined:
     if torch.compiler.is_compiling() and isinstance(kernel, str):
         if request.backward:
             return _declined("gradients under torch.compile", InputError)
-        # Head sizes may be dynamic, but a kernel is chosen for those that the graph is traced with.
-        request = request._replace(
-            head_dim=index(request.head_dim), head_dim_v=index(request.head_dim_v)
-        )
-        name, seqused_k, reads_padding, refusal = choose_for_graph(device, kernel, *request)
-        if refusal:
-            return Declined(refusal, KernelUnavailableError(refusal))
-        return _ForGraph(name, seqused_k, reads_padding, traceable(name, switch_id))
+        chosen = graph_kernel(request, device, kernel, switch_id)
+        if isinstance(chosen, str):
+            return Declined(chosen, KernelUnavailableError(chosen))
+        return chosen
     try:
         return select(request, read_machine(device), kernel)
     except KernelUnavailableError as error:

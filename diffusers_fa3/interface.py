@@ -20,11 +20,11 @@ from diffusers_fa3.kernels import (
     KernelChoice,
     Request,
     check_out,
-    is_default,
     needs_grad,
     read_machine,
     select,
 )
+from diffusers_fa3.options import Lengths, Options, is_default
 
 
 def flash_attn_varlen_func(
@@ -136,18 +136,16 @@ def flash_attn_varlen_func(
         q,
         k,
         v,
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
+        Options(
+            q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+            causal,
+            window,
+            softcap,
+            q_descale,
+            k_descale,
+            v_descale,
+        ),
+        Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k),
         out=out,
         return_lse=return_lse,
     )

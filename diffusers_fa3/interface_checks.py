@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import InputError
-from diffusers_fa3.kernels import is_default
+from diffusers_fa3.options import is_default
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int, rank_k: int | None = None) -> None:

@@ -19,6 +19,7 @@ from zoo.case import BATCH, TEXT, key_mask
 from diffusers_fa3 import FallbackWarning, attention, coverage, enable_fa3, plan_packing
 from diffusers_fa3.kernels.compiled import forward_into
 from diffusers_fa3.kernels.installed import kernel_named
+from diffusers_fa3.options import Lengths
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -159,9 +160,10 @@ def test_the_op_keeps_the_rules_of_torch_library(form: str, return_lse: bool) ->
     ends = options.get("ends")
     if ends is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    longest = None if ends is None else 7
     arguments = (
-        *(q, k, v, torch.empty_like(q), "reference", 0.3),
-        *(options.get("causal", False), *options.get("window", (-1, -1))),
-        *(ends, ends, options.get("seqused_k"), 7, 7, 0, return_lse),
+        *(q, k, v, torch.empty_like(q), return_lse, "reference", 0),
+        *(0.3, options.get("causal", False), *options.get("window", (-1, -1))),
+        *Lengths(ends, ends, longest, longest, options.get("seqused_k")),
     )
     torch.library.opcheck(forward_into, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_name import by_name
 from schemas import OPS
 
 from diffusers_fa3.errors import KernelUnavailableError
@@ -31,7 +32,7 @@ def dense():
 
 
 def attend(q, k, v, cu_q, cu_k, scale, return_lse=False, **options):
-    return reference.forward(
+    return by_name(reference.forward)(
         q,
         k,
         v,
@@ -116,10 +117,10 @@ def test_a_packed_call_reaches_every_signature(packed, function, return_lse, wit
     (q, k, v), lengths = packed
     out = torch.empty_like(q) if with_out else None
     kernel = wrap_callable(function)
-    got, lse = kernel.forward(
+    got, lse = by_name(kernel.forward)(
         q, k, v, softmax_scale=SCALE, out=out, return_lse=return_lse, **lengths
     )
-    want, want_lse = reference.forward(
+    want, want_lse = by_name(reference.forward)(
         q, k, v, softmax_scale=SCALE, return_lse=return_lse, **lengths
     )
     torch.testing.assert_close(got, want)
@@ -137,8 +138,8 @@ def test_a_dense_call_is_laid_end_to_end(dense, function, k_len):
     q, k, v = dense
     k, v = k[:, :k_len], v[:, :k_len]
     kernel = wrap_callable(function)
-    got, lse = kernel.forward(q, k, v, softmax_scale=SCALE, return_lse=True)
-    want, want_lse = reference.forward(q, k, v, softmax_scale=SCALE, return_lse=True)
+    got, lse = by_name(kernel.forward)(q, k, v, softmax_scale=SCALE, return_lse=True)
+    want, want_lse = by_name(reference.forward)(q, k, v, softmax_scale=SCALE, return_lse=True)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(lse, want_lse)
 
@@ -147,16 +148,16 @@ def test_a_dense_call_is_laid_end_to_end(dense, function, k_len):
 def test_seqused_k_is_handed_on(dense, function):
     q, k, v = dense
     used = torch.tensor([5, 2], dtype=torch.int32)
-    got, _ = wrap_callable(function).forward(q, k, v, softmax_scale=SCALE, seqused_k=used)
-    want, _ = reference.forward(q, k, v, softmax_scale=SCALE, seqused_k=used)
+    got, _ = by_name(wrap_callable(function).forward)(q, k, v, softmax_scale=SCALE, seqused_k=used)
+    want, _ = by_name(reference.forward)(q, k, v, softmax_scale=SCALE, seqused_k=used)
     torch.testing.assert_close(got, want)
 
 
 def test_all_options_are_handed_on(packed):
     (q, k, v), lengths = packed
     options = {"softmax_scale": SCALE, "causal": True, "window": (2, 0), "softcap": 0.8}
-    got, _ = wrap_callable(current).forward(q, k, v, **options, **lengths)
-    want, _ = reference.forward(q, k, v, **options, **lengths)
+    got, _ = by_name(wrap_callable(current).forward)(q, k, v, **options, **lengths)
+    want, _ = by_name(reference.forward)(q, k, v, **options, **lengths)
     torch.testing.assert_close(got, want)
 
 
@@ -175,7 +176,7 @@ def test_an_option_that_a_function_lacks_is_refused_and_not_dropped(packed, opti
     (q, k, v), lengths = packed
     kernel = wrap_callable(always_a_tuple)
     with pytest.raises(KernelUnavailableError, match=f"always_a_tuple cannot take {words}"):
-        kernel.forward(q, k, v, softmax_scale=SCALE, **lengths, **option)
+        by_name(kernel.forward)(q, k, v, softmax_scale=SCALE, **lengths, **option)
 
 
 def test_limits_follow_from_the_signature():
@@ -188,14 +189,16 @@ def test_limits_follow_from_the_signature():
 
 def test_a_function_for_dense_tensors_serves_those_only(dense):
     def dense_only(q, k, v, softmax_scale=None, causal=False):
-        return reference.forward(q, k, v, softmax_scale=softmax_scale, causal=causal)[0]
+        return by_name(reference.forward)(q, k, v, softmax_scale=softmax_scale, causal=causal)[0]
 
     kernel = wrap_callable(dense_only)
     assert not kernel.limits.varlen
-    got, _ = kernel.forward(*dense, softmax_scale=SCALE, causal=True)
-    torch.testing.assert_close(got, reference.forward(*dense, softmax_scale=SCALE, causal=True)[0])
+    got, _ = by_name(kernel.forward)(*dense, softmax_scale=SCALE, causal=True)
+    torch.testing.assert_close(
+        got, by_name(reference.forward)(*dense, softmax_scale=SCALE, causal=True)[0]
+    )
     with pytest.raises(KernelUnavailableError, match="dense_only cannot take seqused_k"):
-        kernel.forward(*dense, softmax_scale=SCALE, seqused_k=torch.ones(2))
+        by_name(kernel.forward)(*dense, softmax_scale=SCALE, seqused_k=torch.ones(2))
 
 
 def test_keywords_of_which_nothing_is_known_get_what_is_asked_and_no_more(packed):
@@ -206,7 +209,7 @@ def test_keywords_of_which_nothing_is_known_get_what_is_asked_and_no_more(packed
         got.update(options)
         return q
 
-    wrap_callable(anything).forward(
+    by_name(wrap_callable(anything).forward)(
         q, k, v, softmax_scale=SCALE, causal=True, window=(-1, -1), softcap=0.0, **lengths
     )
     assert got.keys() == {*lengths, "softmax_scale", "causal"}
@@ -223,7 +226,7 @@ def test_dense_calls_go_to_the_dense_function_of_a_build(packed, dense):
         called.append("dense")
         return q
 
-    forward = public_forward(varlen, for_dense)
+    forward = by_name(public_forward(varlen, for_dense))
     forward(*dense, softmax_scale=SCALE)
     forward(*dense, softmax_scale=SCALE, seqused_k=torch.ones(2, dtype=torch.int32))
     (q, k, v), lengths = packed
@@ -245,13 +248,15 @@ def test_out_of_a_dense_call_is_written_through_a_view(dense):
 
     # A function must be told the scale, unless it is the one that all have by themselves.
     with pytest.raises(KernelUnavailableError, match="varlen cannot take softmax_scale"):
-        wrap_callable(varlen).forward(q, k, v, softmax_scale=SCALE, out=torch.empty_like(q))
+        by_name(wrap_callable(varlen).forward)(
+            q, k, v, softmax_scale=SCALE, out=torch.empty_like(q)
+        )
     out = torch.empty_like(q)
-    wrap_callable(varlen).forward(q, k, v, softmax_scale=8**-0.5, out=out)
+    by_name(wrap_callable(varlen).forward)(q, k, v, softmax_scale=8**-0.5, out=out)
     assert seen[-1].data_ptr() == out.data_ptr()
     assert torch.equal(out, q)
     for out in (torch.empty_like(q), torch.empty(2, 6, 2, 8)[:, 1:]):
-        got, _ = wrap_callable(without).forward(q, k, v, softmax_scale=SCALE, out=out)
+        got, _ = by_name(wrap_callable(without).forward)(q, k, v, softmax_scale=SCALE, out=out)
         assert got is out
         assert torch.equal(out, q)
 
@@ -259,7 +264,7 @@ def test_out_of_a_dense_call_is_written_through_a_view(dense):
 def test_gradients_flow_through_a_function_that_has_them(packed):
     (q, k, v), lengths = packed
     k.requires_grad_()
-    out, _ = wrap_callable(current).forward(q, k, v, softmax_scale=SCALE, **lengths)
+    out, _ = by_name(wrap_callable(current).forward)(q, k, v, softmax_scale=SCALE, **lengths)
     assert out.requires_grad
 
 
@@ -272,7 +277,7 @@ def test_a_result_without_gradient_is_an_error_where_one_is_needed(packed):
 
     k.requires_grad_()
     with pytest.raises(KernelUnavailableError, match="detached returned a result without gradient"):
-        wrap_callable(detached).forward(q, k, v, softmax_scale=SCALE, **lengths)
+        by_name(wrap_callable(detached).forward)(q, k, v, softmax_scale=SCALE, **lengths)
 
 
 def test_a_log_sum_exp_that_does_not_come_is_an_error(packed):
@@ -282,7 +287,9 @@ def test_a_log_sum_exp_that_does_not_come_is_an_error(packed):
         return q
 
     with pytest.raises(KernelUnavailableError, match="no_lse returned no log-sum-exp"):
-        wrap_callable(no_lse).forward(q, k, v, softmax_scale=SCALE, return_lse=True, **lengths)
+        by_name(wrap_callable(no_lse).forward)(
+            q, k, v, softmax_scale=SCALE, return_lse=True, **lengths
+        )
 
 
 def test_empty_rows_are_minus_inf_where_the_kernel_says_plus_inf(packed):
@@ -291,7 +298,9 @@ def test_empty_rows_are_minus_inf_where_the_kernel_says_plus_inf(packed):
     def plus(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
         return q, torch.tensor([[1.0, torch.inf, -torch.inf]])
 
-    _, lse = wrap_callable(plus).forward(q, k, v, softmax_scale=SCALE, return_lse=True, **lengths)
+    _, lse = by_name(wrap_callable(plus).forward)(
+        q, k, v, softmax_scale=SCALE, return_lse=True, **lengths
+    )
     assert lse.tolist() == [[1.0, -torch.inf, -torch.inf]]
 
 
@@ -306,8 +315,8 @@ def test_a_function_that_requires_something_else_is_refused():
 def test_a_raw_op_is_called_by_its_schema(packed):
     (q, k, v), lengths = packed
     kernel = wrap_callable(OPS["sgl_0_4_10"].op)
-    got, _ = kernel.forward(q, k, v, softmax_scale=SCALE, **lengths)
-    want, _ = reference.forward(q, k, v, softmax_scale=SCALE, **lengths)
+    got, _ = by_name(kernel.forward)(q, k, v, softmax_scale=SCALE, **lengths)
+    want, _ = by_name(reference.forward)(q, k, v, softmax_scale=SCALE, **lengths)
     torch.testing.assert_close(got, want)
     assert kernel.out == "native"
 
@@ -319,4 +328,4 @@ def test_what_a_function_raises_passes(packed):
         raise TypeError("inside")
 
     with pytest.raises(TypeError, match=r"^inside$"):
-        wrap_callable(fails).forward(q, k, v, softmax_scale=SCALE, **lengths)
+        by_name(wrap_callable(fails).forward)(q, k, v, softmax_scale=SCALE, **lengths)

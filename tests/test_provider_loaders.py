@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from by_name import by_name
 from schemas import OPS
 from test_provider_functions import current
 
@@ -46,7 +47,7 @@ def install(monkeypatch):
 
 
 def dense(q, k, v, softmax_scale=None, causal=False):
-    return reference.forward(q, k, v, softmax_scale=softmax_scale, causal=causal)[0]
+    return by_name(reference.forward)(q, k, v, softmax_scale=softmax_scale, causal=causal)[0]
 
 
 def disabled(*features):
@@ -56,8 +57,10 @@ def disabled(*features):
 
 def agrees(kernel, packed):
     (q, k, v), lengths = packed
-    got, lse = kernel.forward(q, k, v, softmax_scale=SCALE, return_lse=True, **lengths)
-    want, want_lse = reference.forward(q, k, v, softmax_scale=SCALE, return_lse=True, **lengths)
+    got, lse = by_name(kernel.forward)(q, k, v, softmax_scale=SCALE, return_lse=True, **lengths)
+    want, want_lse = by_name(reference.forward)(
+        q, k, v, softmax_scale=SCALE, return_lse=True, **lengths
+    )
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(lse, want_lse)
 
@@ -121,7 +124,7 @@ def test_flash_attn_3_trains_through_its_functions(monkeypatch, install, packed)
     kernel = BY_NAME["flash_attn_3"].load()
     assert kernel.limits.backward
     (q, k, v), lengths = packed
-    out, _ = kernel.forward(q.requires_grad_(), k, v, softmax_scale=SCALE, **lengths)
+    out, _ = by_name(kernel.forward)(q.requires_grad_(), k, v, softmax_scale=SCALE, **lengths)
     out.sum().backward()
     assert q.grad is not None
 
@@ -169,12 +172,12 @@ def test_vllm_only_gets_packed_calls(monkeypatch, install, packed):
     out = torch.empty_like(q)
     used = torch.tensor([5, 3], dtype=torch.int32)
     padding = torch.arange(5) >= used[:, None]
-    want, want_lse = reference.forward(
+    want, want_lse = by_name(reference.forward)(
         q, k, v, softmax_scale=SCALE, seqused_k=used, return_lse=True
     )
     unsafe = v.masked_fill(padding[..., None, None], torch.nan)
     for values, is_safe in ((unsafe, False), (v, True)):
-        got, lse = kernel.forward(
+        got, lse = by_name(kernel.forward)(
             q,
             k,
             values,
@@ -224,7 +227,7 @@ def test_flash_attn_2_is_its_functions(install, packed):
         softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
         deterministic=False, return_attn_probs=False, block_table=None,
     ):  # fmt: skip
-        out, lse = reference.forward(
+        out, lse = by_name(reference.forward)(
             q, k, v, softmax_scale=softmax_scale, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k, return_lse=True,
         )  # fmt: skip
@@ -254,7 +257,7 @@ class FakeFlashAttention4:
     def _attend(self, name, q, k, v, softmax_scale, out=None, **options):
         self.calls.append((name, options | {"out": out}))
         lengths = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
-        return reference.forward(
+        return by_name(reference.forward)(
             q,
             k,
             v,
@@ -294,11 +297,13 @@ class TestFlashAttention4:
     @pytest.mark.parametrize("private", [True, False])
     @pytest.mark.parametrize("return_lse", [True, False])
     def test_packed_calls(self, fake, packed, private, return_lse):
-        forward = flash_attn_4.bind(fake.private if private else None, fake.varlen, fake.dense)
+        forward = by_name(
+            flash_attn_4.bind(fake.private if private else None, fake.varlen, fake.dense)
+        )
         (q, k, v), lengths = packed
         out = torch.empty_like(q)
         got, lse = forward(q, k, v, softmax_scale=SCALE, out=out, return_lse=return_lse, **lengths)
-        want, _ = reference.forward(q, k, v, softmax_scale=SCALE, **lengths)
+        want, _ = by_name(reference.forward)(q, k, v, softmax_scale=SCALE, **lengths)
         torch.testing.assert_close(got, want)
         assert got is out
         assert (lse is not None) == return_lse
@@ -307,14 +312,14 @@ class TestFlashAttention4:
         assert (options["out"] is out) == private
 
     def test_an_unlimited_side_of_a_window_is_none(self, fake, packed):
-        forward = flash_attn_4.bind(fake.private, fake.varlen, fake.dense)
+        forward = by_name(flash_attn_4.bind(fake.private, fake.varlen, fake.dense))
         (q, k, v), lengths = packed
         forward(q, k, v, softmax_scale=SCALE, window=(3, -1), **lengths)
         assert fake.calls[-1][1]["window_size_left"] == 3
         assert "window_size_right" not in fake.calls[-1][1]
 
     def test_gradients_go_through_its_functions(self, fake, packed):
-        forward = flash_attn_4.bind(fake.private, fake.varlen, fake.dense)
+        forward = by_name(flash_attn_4.bind(fake.private, fake.varlen, fake.dense))
         (q, k, v), lengths = packed
         out, _ = forward(q.requires_grad_(), k, v, softmax_scale=SCALE, **lengths)
         assert out.requires_grad
@@ -322,7 +327,7 @@ class TestFlashAttention4:
         assert fake.calls[-1][1]["window_size"] == (None, None)
 
     def test_dense_calls_have_no_lengths(self, fake):
-        forward = flash_attn_4.bind(None, fake.varlen, fake.dense)
+        forward = by_name(flash_attn_4.bind(None, fake.varlen, fake.dense))
         q, k, v = (torch.randn(2, 5, 2, 8) for _ in range(3))
         got, lse = forward(q, k, v, softmax_scale=SCALE, max_seqlen_q=5)
         torch.testing.assert_close(got, dense(q, k, v, SCALE))
@@ -332,7 +337,7 @@ class TestFlashAttention4:
             forward(q, k, v, softmax_scale=SCALE, return_lse=True)
 
     def test_float8_is_refused(self, fake, packed):
-        forward = flash_attn_4.bind(fake.private, fake.varlen, fake.dense)
+        forward = by_name(flash_attn_4.bind(fake.private, fake.varlen, fake.dense))
         (q, k, v), lengths = packed
         with pytest.raises(KernelUnavailableError, match="flash_attn_4 cannot take k_descale"):
             forward(q, k, v, softmax_scale=SCALE, k_descale=torch.ones(2, 2), **lengths)
@@ -366,7 +371,7 @@ def varlen_2_11(
 ):  # fmt: skip
     got = {"window_size": window_size, "max_q": max_q, "max_k": max_k}
     varlen_2_11.got = got
-    out, lse = reference.forward(
+    out, lse = by_name(reference.forward)(
         query, key, value, softmax_scale=scale, cu_seqlens_q=cu_seq_q, cu_seqlens_k=cu_seq_k,
         causal=window_size[1] == 0, return_lse=True,
     )  # fmt: skip
@@ -381,7 +386,7 @@ def varlen_2_13(
 ):  # fmt: skip
     assert enable_gqa == (query.shape[1] != key.shape[1])
     varlen_2_13.got = {"num_splits": num_splits, "window_size": window_size}
-    out, lse = reference.forward(
+    out, lse = by_name(reference.forward)(
         query, key, value, softmax_scale=scale, cu_seqlens_q=cu_seq_q, cu_seqlens_k=cu_seq_k,
         seqused_k=seqused_k, causal=window_size[1] == 0, return_lse=True,
     )  # fmt: skip
@@ -409,8 +414,8 @@ class TestTorchVarlen:
         k, v = k[:, :kv_heads], v[:, :kv_heads]
         options = {"softmax_scale": SCALE, "causal": causal, "return_lse": return_lse, **lengths}
         out = torch.empty_like(q)
-        got, lse = version.forward(q, k, v, out=out, **options)
-        want, want_lse = reference.forward(q, k, v, **options)
+        got, lse = by_name(version.forward)(q, k, v, out=out, **options)
+        want, want_lse = by_name(reference.forward)(q, k, v, **options)
         torch.testing.assert_close(got, want)
         assert got is out
         if return_lse:
@@ -424,13 +429,13 @@ class TestTorchVarlen:
             ({"window": (3, 1)}, (3, 1)),
             ({}, (-1, -1)),
         ]:
-            self.new.forward(q, k, v, softmax_scale=SCALE, **lengths, **options)
+            by_name(self.new.forward)(q, k, v, softmax_scale=SCALE, **lengths, **options)
             assert varlen_2_13.got["window_size"] == window
 
     def test_out_is_written_natively(self, packed):
         (q, k, v), lengths = packed
         out = torch.empty_like(q)
-        self.new.forward(q, k, v, softmax_scale=SCALE, out=out, **lengths)
+        by_name(self.new.forward)(q, k, v, softmax_scale=SCALE, out=out, **lengths)
         assert varlen_out_2_13.got is out
 
     def test_out_is_copied_where_grouped_heads_decode(self, packed):
@@ -438,25 +443,29 @@ class TestTorchVarlen:
         q, varlen_out_2_13.got = q[:2], None
         lengths |= {"cu_seqlens_q": torch.tensor([0, 1, 2], dtype=torch.int32), "max_seqlen_q": 1}
         out = torch.empty_like(q)
-        got, _ = self.new.forward(q, k[:, :1], v[:, :1], softmax_scale=SCALE, out=out, **lengths)
+        got, _ = by_name(self.new.forward)(
+            q, k[:, :1], v[:, :1], softmax_scale=SCALE, out=out, **lengths
+        )
         assert got is out
         assert varlen_out_2_13.got is None
 
     def test_keys_are_never_split(self, packed):
         (q, k, v), lengths = packed
-        self.new.forward(q, k, v, softmax_scale=SCALE, **lengths)
+        by_name(self.new.forward)(q, k, v, softmax_scale=SCALE, **lengths)
         assert varlen_2_13.got["num_splits"] == 1
 
     @pytest.mark.parametrize("name", ["softcap", "q_descale"])
     def test_what_it_lacks_is_refused(self, packed, name):
         (q, k, v), lengths = packed
         with pytest.raises(KernelUnavailableError, match=f"torch_varlen cannot take {name}"):
-            self.new.forward(q, k, v, softmax_scale=SCALE, **{name: 1.0}, **lengths)
+            by_name(self.new.forward)(q, k, v, softmax_scale=SCALE, **{name: 1.0}, **lengths)
 
     def test_seqused_k_is_refused_where_torch_is_too_old(self, packed):
         (q, k, v), lengths = packed
         with pytest.raises(KernelUnavailableError, match="torch_varlen cannot take seqused_k"):
-            self.old.forward(q, k, v, softmax_scale=SCALE, seqused_k=torch.ones(2), **lengths)
+            by_name(self.old.forward)(
+                q, k, v, softmax_scale=SCALE, seqused_k=torch.ones(2), **lengths
+            )
 
     def test_the_real_functions_take_what_they_are_given(self):
         torch_module = pytest.importorskip("torch.nn.attention.varlen")

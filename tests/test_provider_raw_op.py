@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import schemas
 import torch
+from by_name import by_name
 from schemas import OPS
 
 from diffusers_fa3.errors import KernelUnavailableError
@@ -29,7 +30,7 @@ def test_each_argument_of_a_packed_call_lands_in_its_slot(name):
     cu_q, cu_k, used = ends(0, 3, 7), ends(0, 2, 7), ends(1, 4)
     recording = OPS[name]
 
-    out, lse = RawOp(recording.op, name).forward(
+    out, lse = by_name(RawOp(recording.op, name).forward)(
         q,
         k,
         v,
@@ -84,7 +85,7 @@ def test_each_argument_of_a_packed_call_lands_in_its_slot(name):
 def test_values_behind_valid_keys_never_reach_the_op(name):
     q, k, v = tensors(2, 5, 2, 8)
     v[0, 3:], v[1, 1:] = torch.nan, torch.inf
-    RawOp(OPS[name].op, name).forward(q, k, v, softmax_scale=SCALE, seqused_k=ends(3, 1))
+    by_name(RawOp(OPS[name].op, name).forward)(q, k, v, softmax_scale=SCALE, seqused_k=ends(3, 1))
     got = OPS[name].last["v"]
     assert torch.equal(got[0, :3], v[0, :3])
     assert torch.equal(got[1, :1], v[1, :1])
@@ -96,9 +97,7 @@ def test_values_behind_valid_keys_never_reach_the_op(name):
 @every_op
 def test_a_dense_call_asks_for_nothing_else(name):
     q, k, v = tensors(2, 5, 2, 8)
-    out, lse = RawOp(OPS[name].op, name).forward(
-        q, k, v, softmax_scale=1, max_seqlen_q=0, max_seqlen_k=0
-    )
+    out, lse = by_name(RawOp(OPS[name].op, name).forward)(q, k, v, softmax_scale=1)
     got = OPS[name].last
     assert (got["max_seqlen_q"], got["max_seqlen_k"]) == (None, None)
     assert got["softmax_scale"] == 1.0
@@ -111,9 +110,9 @@ def test_a_dense_call_asks_for_nothing_else(name):
 @every_op
 def test_out_reaches_the_op_and_comes_back(name):
     q, k, v = tensors(2, 5, 2, 8)
-    want, _ = RawOp(OPS[name].op, name).forward(q, k, v, softmax_scale=SCALE)
+    want, _ = by_name(RawOp(OPS[name].op, name).forward)(q, k, v, softmax_scale=SCALE)
     out = torch.empty_like(q)
-    result, _ = RawOp(OPS[name].op, name).forward(q, k, v, softmax_scale=SCALE, out=out)
+    result, _ = by_name(RawOp(OPS[name].op, name).forward)(q, k, v, softmax_scale=SCALE, out=out)
     assert OPS[name].last["out"].data_ptr() == out.data_ptr()
     assert result is out
     assert torch.equal(out, want)
@@ -121,7 +120,7 @@ def test_out_reaches_the_op_and_comes_back(name):
 
 def test_an_out_that_tma_cannot_store_into_is_served_by_a_copy():
     q, k, v = tensors(2, 5, 2, 8)
-    raw = RawOp(OPS["upstream"].op, "upstream").forward
+    raw = by_name(RawOp(OPS["upstream"].op, "upstream").forward)
     want, _ = raw(q, k, v, softmax_scale=SCALE)
     out = torch.empty(q.numel() + 1)[1:].view_as(q)
     result, _ = raw(q, k, v, softmax_scale=SCALE, out=out)
@@ -132,7 +131,7 @@ def test_an_out_that_tma_cannot_store_into_is_served_by_a_copy():
 
 def test_inputs_reach_the_op_with_a_dense_last_axis():
     q, k, v = (x.transpose(-1, -2) for x in tensors(2, 5, 8, 2))
-    RawOp(OPS["upstream"].op, "upstream").forward(q, k, v, softmax_scale=SCALE)
+    by_name(RawOp(OPS["upstream"].op, "upstream").forward)(q, k, v, softmax_scale=SCALE)
     got = OPS["upstream"].last
     assert [got[name].stride(-1) for name in "qkv"] == [1, 1, 1]
 
@@ -142,7 +141,7 @@ def test_a_call_without_any_key_never_reaches_the_op(keys):
     q = torch.randn(*(6, 2, 8) if len(keys) == 3 else (2, 3, 2, 8))
     k = torch.randn(*keys)
     calls = len(OPS["upstream"].calls)
-    out, lse = RawOp(OPS["upstream"].op, "upstream").forward(
+    out, lse = by_name(RawOp(OPS["upstream"].op, "upstream").forward)(
         q, k, k, softmax_scale=SCALE, out=torch.ones_like(q), return_lse=True
     )
     assert len(OPS["upstream"].calls) == calls
@@ -190,7 +189,7 @@ def test_an_argument_that_the_op_lacks_is_refused_and_not_dropped():
 def test_a_newer_op_is_taken_where_its_new_argument_has_a_default():
     schema = schemas.UPSTREAM.replace("sm_margin=0)", "sm_margin=0, int novelty=7)")
     recording = schemas.register("newer", schema)
-    RawOp(recording.op, "newer").forward(*tensors(2, 5, 2, 8), softmax_scale=SCALE)
+    by_name(RawOp(recording.op, "newer").forward)(*tensors(2, 5, 2, 8), softmax_scale=SCALE)
     assert recording.last["novelty"] == 7
 
 
@@ -216,13 +215,13 @@ def test_gradients_go_through_the_builds_own_functions():
     taken = []
 
     def forward(kind):
-        def call(q, k, v, **options):
+        def call(q, k, v, *records, **options):
             taken.append(kind)
             return q, None
 
         return call
 
-    kernel = differentiable(forward("raw"), forward("public"))
+    kernel = by_name(differentiable(forward("raw"), forward("public")))
     kernel(q, k, v, softmax_scale=SCALE)
     kernel(q, k.requires_grad_(), v, softmax_scale=SCALE)
     with torch.no_grad():
@@ -242,7 +241,7 @@ def test_float8_values_are_zeroed_as_well():
 def test_values_go_to_the_op_as_they_are_where_padding_is_safe(name, is_safe):
     q, k, v = tensors(2, 5, 2, 8)
     recording = OPS[name]
-    RawOp(recording.op, name).forward(
+    by_name(RawOp(recording.op, name).forward)(
         q, k, v, softmax_scale=SCALE, seqused_k=ends(5, 3), padding_is_safe=is_safe
     )
     assert (recording.last["v"].data_ptr() == v.data_ptr()) == is_safe

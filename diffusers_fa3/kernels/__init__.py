@@ -10,13 +10,13 @@ Nothing here knows masks or diffusers. A kernel's package is imported by its pro
 
 from __future__ import annotations
 
-from diffusers_fa3.kernels.adapt import is_default, without_keys
+from diffusers_fa3.kernels.adapt import without_keys
 from diffusers_fa3.kernels.compiled import (
-    choose_for_graph,
+    GraphKernel,
     declined,
     executed,
+    graph_kernel,
     note_declined,
-    traceable,
 )
 from diffusers_fa3.kernels.contract import Kernel, Request, read_machine
 from diffusers_fa3.kernels.installed import available_kernels, check_choice, select
@@ -26,6 +26,7 @@ from diffusers_fa3.kernels.selection import KernelChoice
 
 __all__ = [
     "PROVIDERS",
+    "GraphKernel",
     "Kernel",
     "KernelChoice",
     "Request",
@@ -33,14 +34,12 @@ __all__ = [
     "call_kernel",
     "check_choice",
     "check_out",
-    "choose_for_graph",
     "declined",
     "executed",
-    "is_default",
+    "graph_kernel",
     "needs_grad",
     "note_declined",
     "read_machine",
     "select",
-    "traceable",
     "without_keys",
 ]

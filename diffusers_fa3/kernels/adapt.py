@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
-from diffusers_fa3.kernels.contract import Forward
+from diffusers_fa3.kernels.contract import Forward, InnerForward, Result
 from diffusers_fa3.kernels.out import needs_grad, out_dtype
+from diffusers_fa3.options import DENSE, Lengths, Options
 
-Result = tuple[Tensor, Tensor | None]
 
-
-def shielded(forward: Forward) -> Forward:
+def shielded(forward: InnerForward) -> Forward:
     """`forward`, which sees neither calls without any key or query, nor values behind valid keys.
 
     Of a call without a key FlashAttention-3 says that the log-sum-exp is +inf; others fail.
     """
 
-    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
+        *,
+        padding_is_safe: bool = False,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Result:
         if not (q.numel() and k.numel()):
-            return without_keys(q, k, v, options.get("out"), options.get("return_lse", False))
-        seqused_k, is_safe = options.get("seqused_k"), options.pop("padding_is_safe", False)
-        if seqused_k is not None and not is_safe:
-            v = without_padding(v, seqused_k, options.get("cu_seqlens_k"))
-        return forward(q, k, v, **options)
+            return without_keys(q, k, v, out, return_lse)
+        if lengths.seqused_k is not None and not padding_is_safe:
+            v = without_padding(v, lengths.seqused_k, lengths.cu_seqlens_k)
+        return forward(q, k, v, options, lengths, out=out, return_lse=return_lse)
 
     return call
 
@@ -45,29 +52,37 @@ def without_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, return_lse
     return result if out is None else out.copy_(result), lse
 
 
-def dense_as_packed(forward: Forward) -> Forward:
+def dense_as_packed(forward: InnerForward) -> InnerForward:
     """`forward`, which only knows packed calls, for dense ones too: samples lie end to end.
 
     Nothing is copied where a sample's rows follow the last one's.
     """
 
-    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
-        if options.get("cu_seqlens_q") is not None:
-            return forward(q, k, v, **options)
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Result:
+        if lengths.cu_seqlens_q is not None:
+            return forward(q, k, v, options, lengths, out=out, return_lse=return_lse)
         batch, q_len, k_len = q.shape[0], q.shape[1], k.shape[1]
         ends_q = _ends(batch, q_len, q.device)
-        options |= {
-            "cu_seqlens_q": ends_q,
-            "cu_seqlens_k": ends_q if k_len == q_len else _ends(batch, k_len, q.device),
-            "max_seqlen_q": q_len,
-            "max_seqlen_k": k_len,
-        }
-        out: Tensor | None = options.pop("out", None)
+        ends_k = ends_q if k_len == q_len else _ends(batch, k_len, q.device)
         # Where out's samples do not follow each other, there is no view of it to write into.
         in_order = out is not None and (batch == 1 or out.stride(0) == q_len * out.stride(1))
-        flat = out.flatten(0, 1) if out is not None and in_order else None
         result, lse = forward(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **options, out=flat
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            options,
+            Lengths(ends_q, ends_k, q_len, k_len, lengths.seqused_k),
+            out=out.flatten(0, 1) if out is not None and in_order else None,
+            return_lse=return_lse,
         )
         if lse is not None:
             lse = lse.view(-1, batch, q_len).transpose(0, 1)
@@ -112,15 +127,8 @@ def empty_rows_minus_inf(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == torch.inf, -torch.inf)
 
 
-def refuse(kernel: str, options: Mapping[str, Any]) -> None:
-    """Refuse every option that is asked for and that `kernel` has no argument for."""
-    asked = [name for name, value in options.items() if not is_default(value)]
-    if asked:
-        raise KernelUnavailableError(f"{kernel} cannot take {', '.join(asked)}")
-
-
-def is_default(value: Any) -> bool:
-    """Whether an option's value asks for nothing."""
-    if isinstance(value, Tensor):
-        return False
-    return value is None or value is False or value == 0 or value == (-1, -1)
+def refuse(kernel: str, asked: Iterable[str]) -> None:
+    """Refuse options that are asked for and that `kernel` has no argument for."""
+    names = ", ".join(asked)
+    if names:
+        raise KernelUnavailableError(f"{kernel} cannot take {names}")

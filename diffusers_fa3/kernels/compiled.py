@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import FallbackWarning, KernelUnavailableError
-from diffusers_fa3.kernels.contract import Request, read_machine
+from diffusers_fa3.kernels.adapt import refuse
+from diffusers_fa3.kernels.contract import Forward, Request, Result, read_machine
 from diffusers_fa3.kernels.installed import kernel_named, select
 from diffusers_fa3.kernels.out import out_dtype
+from diffusers_fa3.options import DENSE, Lengths, Options
 
 executed: Counter[tuple[int, str, str]] = Counter()
 """Calls that compiled graphs made: by switch (see `Settings.switch_id`; 0: none), kernel, route."""
@@ -33,18 +35,18 @@ def forward_into(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    return_lse: bool,
     kernel: str,
+    switch_id: int,
     softmax_scale: float,
     causal: bool,
     window_left: int,
     window_right: int,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
     seqused_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    switch_id: int,
-    return_lse: bool,
 ) -> Tensor:
     """`Forward` of the kernel of that name, into `out`; the log-sum-exp, empty if not asked for.
 
@@ -52,18 +54,13 @@ def forward_into(
     """
     route = "packed" if cu_seqlens_q is not None else "dense" if seqused_k is None else "static"
     executed[switch_id, kernel, route] += 1
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k)
     _, lse = kernel_named(kernel).forward(
         q,
         k,
         v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window=(window_left, window_right),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        Options(softmax_scale, causal, (window_left, window_right)),
+        DENSE if route == "dense" else lengths,
         padding_is_safe=True,
         out=out,
         return_lse=return_lse,
@@ -72,8 +69,7 @@ def forward_into(
 
 
 @forward_into.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options: Any) -> Tensor:
-    *_, return_lse = options
+def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, return_lse: bool, *options: Any) -> Tensor:
     *batch, length, heads, _ = q.shape
     return q.new_empty((*batch, heads, length) if return_lse else 0, dtype=torch.float32)
 
@@ -87,44 +83,57 @@ def note_declined(switch_id: int, reason: str, warn: bool) -> None:
         warnings.warn(f"compiled as the default attention: {reason}", FallbackWarning, stacklevel=2)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
-def choose_for_graph(
-    device: torch.device, kernel: str, *request: Any
-) -> tuple[str, bool, bool, str]:
-    """`select`, in constants: name, whether it has seqused_k, reads padding, and why there is none.
+class GraphKernel(NamedTuple):
+    """A kernel in a graph that is being traced: what `attend` asks of a `Kernel`."""
 
-    Args:
-        device: where the call runs.
-        kernel: "auto" or a name.
-        *request: the fields of a `Request`, which itself cannot be taken out of a graph.
+    name: str
+    seqused_k: bool
+    reads_padding: bool
+    forward: Forward
+
+
+def graph_kernel(
+    request: Request, device: torch.device, kernel: str, switch_id: int
+) -> GraphKernel | str:
+    """`select`, for a graph that is being traced; or why no kernel serves.
+
+    Head sizes may be dynamic there, but a kernel is chosen for those that the graph is traced with.
     """
+    request = request._replace(
+        head_dim=index(request.head_dim), head_dim_v=index(request.head_dim_v)
+    )
+    chosen = _choose(device, kernel, *request)
+    if isinstance(chosen, str):
+        return chosen
+    name, seqused_k, reads_padding = chosen
+    return GraphKernel(name, seqused_k, reads_padding, _traceable(name, switch_id))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+def _choose(device: torch.device, kernel: str, *request: Any) -> tuple[str, bool, bool] | str:
+    """`select`, in constants: fields of a `Request` in, and of a `GraphKernel` out."""
     try:
         chosen = select(Request(*request), read_machine(device), kernel)
     except KernelUnavailableError as error:
-        return "", False, False, error.summary
-    return chosen.name, chosen.seqused_k, chosen.reads_padding, ""
+        return error.summary
+    return chosen.name, chosen.seqused_k, chosen.reads_padding
 
 
-def traceable(kernel: str, switch_id: int) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """`Forward` of the kernel of that name, for a graph that is being traced."""
+def _traceable(kernel: str, switch_id: int) -> Forward:
+    """`Forward` of the kernel of that name, by the op; of the options what `attend` asks for."""
 
     def forward(
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
         *,
-        softmax_scale: float,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        seqused_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        causal: bool = False,
-        window: tuple[int, int] = (-1, -1),
         padding_is_safe: bool = False,
         out: Tensor | None = None,
         return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Result:
+        refuse(kernel, options.beyond("causal", "window"))
         if out is None:
             out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype(q))
         lse = forward_into(
@@ -132,17 +141,13 @@ def traceable(kernel: str, switch_id: int) -> Callable[..., tuple[Tensor, Tensor
             k,
             v,
             out,
-            kernel,
-            softmax_scale,
-            causal,
-            *window,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            seqused_k,
-            max_seqlen_q or 0,
-            max_seqlen_k or 0,
-            switch_id,
             return_lse,
+            kernel,
+            switch_id,
+            options.softmax_scale,
+            options.causal,
+            *options.window,
+            *lengths,
         )
         return out, lse if return_lse else None
 

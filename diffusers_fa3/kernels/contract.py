@@ -12,6 +12,9 @@ from functools import cache
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
+from diffusers_fa3.options import DENSE, Lengths, Options
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOAT8 = frozenset({torch.float8_e4m3fn})
@@ -144,40 +147,50 @@ def device_words(machine: Machine) -> str:
     return "a {} device of compute capability {}.{}".format(machine.device, *machine.capability)
 
 
+Result = tuple[Tensor, Tensor | None]
+"""Output and log-sum-exp."""
+
+
 class Forward(Protocol):
     """One calling convention for every kernel.
 
-    Packed q (Tq, H, D), k (Tk, Hk, D), v (Tk, Hk, Dv) with int32 cu_seqlens of (B + 1); or dense
-    q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) without. `seqused_k` (B,) int32 counts the
-    valid keys of each sample, from its first; legal with both. `padding_is_safe` says that v has no
-    NaN nor inf behind them that valid keys do not have. `softmax_scale` is a number.
-    `causal` is bottom-right aligned. `window` counts keys to the left and right, -1 is unlimited.
+    Packed q (Tq, H, D), k (Tk, Hk, D), v (Tk, Hk, Dv) with `cu_seqlens` in `lengths`; or dense
+    q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) without. `padding_is_safe` says that v has
+    no NaN nor inf behind a sample's valid keys that valid keys do not have.
     Returns (out, lse): out like q with v's head size, lse fp32, natural log, (H, Tq) packed or
     (B, H, Sq) dense, None unless asked for. Rows without a valid key are 0, their lse is -inf.
     """
 
     def __call__(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
         *,
-        softmax_scale: float,
-        cu_seqlens_q: torch.Tensor | None = None,
-        cu_seqlens_k: torch.Tensor | None = None,
-        seqused_k: torch.Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        causal: bool = False,
-        window: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-        q_descale: torch.Tensor | None = None,
-        k_descale: torch.Tensor | None = None,
-        v_descale: torch.Tensor | None = None,
         padding_is_safe: bool = False,
-        out: torch.Tensor | None = None,
+        out: Tensor | None = None,
         return_lse: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Result:
+        """Attention of q over k and v."""
+        ...
+
+
+class InnerForward(Protocol):
+    """`Forward` of calls that have a query and a key, and values of padding that are safe."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Result:
         """Attention of q over k and v."""
         ...
 
@@ -190,7 +203,7 @@ class Kernel:
     version: str
     limits: Limits
     forward: Forward
-    kvcache: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    kvcache: Callable[..., Result] | None = None
     """FlashAttention's `flash_attn_with_kvcache` arguments by keyword, plus out and return_lse."""
     out: Literal["native", "copy"] = "native"
     """"native": the kernel writes into the caller's `out`; "copy": its result is copied there."""

@@ -10,17 +10,24 @@ from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.kernels.adapt import (
-    Result,
     dense_as_packed,
     empty_rows_minus_inf,
-    is_default,
     refuse,
     shielded,
 )
-from diffusers_fa3.kernels.contract import FLOAT8, HALF, Forward, Kernel, Limits
+from diffusers_fa3.kernels.contract import (
+    FLOAT8,
+    HALF,
+    Forward,
+    InnerForward,
+    Kernel,
+    Limits,
+    Result,
+)
 from diffusers_fa3.kernels.out import invoke, name_of, needs_grad
 from diffusers_fa3.kernels.raw_op import RawOp
 from diffusers_fa3.kernels.signature import Signature, is_raw_op, read_signature
+from diffusers_fa3.options import DENSE, Lengths, Options, is_default
 
 _SPELLINGS = {
     "causal": ("causal", "is_causal"),
@@ -54,22 +61,34 @@ def public_forward(
         return shielded(by_varlen)
     by_dense = _forward(dense)
 
-    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Result:
         # A number of valid keys per sample is an argument of the varlen functions only.
-        packed = options.get("cu_seqlens_q") is not None or options.get("seqused_k") is not None
-        return (by_varlen if packed else by_dense)(q, k, v, **options)
+        packed = lengths.cu_seqlens_q is not None or lengths.seqused_k is not None
+        forward = by_varlen if packed else by_dense
+        return forward(q, k, v, options, lengths, out=out, return_lse=return_lse)
 
     return shielded(call)
 
 
-def _forward(function: Callable[..., Any]) -> Forward:
+def _forward(function: Callable[..., Any]) -> InnerForward:
     signature = read_signature(function)
     name = name_of(function)
+    names = {*signature.names}
     spelling = {
-        ours: next((s for s in theirs if s in signature.names), theirs[0])
+        ours: next((s for s in theirs if s in names), theirs[0])
         for ours, theirs in _SPELLINGS.items()
     }
-    names = {*signature.names}
+    takes_scale = signature.any_name or spelling["softmax_scale"] in names
+    takes_bounds = signature.any_name or "max_seqlen_q" in names
     preset: dict[str, Any] = {
         argument: value for argument, value in _PRESET.items() if argument in names
     }
@@ -81,20 +100,24 @@ def _forward(function: Callable[..., Any]) -> Forward:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
         *,
         out: Tensor | None = None,
         return_lse: bool = False,
-        **options: Any,
     ) -> Result:
-        asked = {spelling.get(ours, ours): value for ours, value in options.items()}
-        for bound in ("max_seqlen_q", "max_seqlen_k"):  # they only help; dense calls have none
-            if asked.get("cu_seqlens_q") is None or not (signature.any_name or bound in names):
-                asked.pop(bound, None)
-        if spelling["softmax_scale"] not in names and asked["softmax_scale"] == q.shape[-1] ** -0.5:
-            del asked["softmax_scale"]  # every kernel's own default
-        known = preset | {n: value for n, value in asked.items() if not is_default(value)}
+        asked = {spelling.get(ours, ours): value for ours, value in options.beyond().items()}
+        # A function without it has the scale that all kernels have by default.
+        if takes_scale or options.softmax_scale != q.shape[-1] ** -0.5:
+            asked[spelling["softmax_scale"]] = options.softmax_scale
+        if lengths is not DENSE:
+            asked |= {n: x for n, x in zip(Lengths._fields, lengths) if x is not None}
+            if not takes_bounds or lengths.cu_seqlens_q is None:  # they only help
+                asked.pop("max_seqlen_q", None)
+                asked.pop("max_seqlen_k", None)
+        known = preset | asked
         if not (signature.any_name or known.keys() <= names):
-            refuse(name, {n: value for n, value in known.items() if n not in names})
+            refuse(name, (n for n in known if n not in names))
         if return_lse and signature.lse_switch is not None:
             known[signature.lse_switch] = True
 
@@ -123,7 +146,8 @@ def public_kvcache(function: Callable[..., Any]) -> Callable[..., Result]:
         if "page_table" in options and "page_table" not in signature.names:
             options["block_table"] = options.pop("page_table")  # FlashAttention-2's name for it
         if not signature.any_name:
-            refuse(name, {n: value for n, value in options.items() if n not in signature.names})
+            unknown = (n for n in options if n not in signature.names)
+            refuse(name, (n for n in unknown if not is_default(options[n])))
         if return_lse and signature.lse_switch is not None:
             options[signature.lse_switch] = True
         result = invoke(function, q, k_cache, v_cache, out=out, **options)

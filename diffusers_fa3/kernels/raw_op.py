@@ -14,15 +14,15 @@ from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.kernels.adapt import (
-    Result,
     dense_last_axis,
     refuse,
     without_keys,
     without_padding,
 )
-from diffusers_fa3.kernels.contract import Forward
-from diffusers_fa3.kernels.out import deliver, fits_kernels
+from diffusers_fa3.kernels.contract import Forward, Result
+from diffusers_fa3.kernels.out import deliver, fits_kernels, needs_grad
 from diffusers_fa3.kernels.signature import overload
+from diffusers_fa3.options import DENSE, Lengths, Options, is_default
 
 _FILL: dict[str, Any] = {
     **dict.fromkeys(("k_new", "v_new", "q_v", "out")),
@@ -50,6 +50,12 @@ _FILL: dict[str, Any] = {
 }
 """What each known argument is where nothing is asked of it. Not the op's own default: softmax_scale
 is 0 in one build, which is uniform attention."""
+
+_SPELLED = ("softmax_scale", "is_causal", "window_size_left", "window_size_right")
+"""What the op calls the first three of `Options`."""
+
+_SAME = [*enumerate(Options._fields)][3:]
+"""(place in `Options`, name) of those that the op calls the same."""
 
 _CACHE_NAMES = {
     "k": "k_new",
@@ -97,25 +103,19 @@ class RawOp:
             )
         self._fill = [_FILL.get(a.name, a.default_value) for a in schema.arguments[3:]]
         self._place = {argument: i for i, argument in enumerate(names[3:])}
+        self._spelled = [self._place[argument] for argument in _SPELLED]
+        self._same = [(i, self._place[n]) for i, n in _SAME if n in self._place]
+        self._lacking = {n for _, n in _SAME} - {*names}
+        self._lengths = [self._place[argument] for argument in Lengths._fields]
 
     def forward(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
         *,
-        softmax_scale: float,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        seqused_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        causal: bool = False,
-        window: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-        q_descale: Tensor | None = None,
-        k_descale: Tensor | None = None,
-        v_descale: Tensor | None = None,
         padding_is_safe: bool = False,
         out: Tensor | None = None,
         return_lse: bool = False,
@@ -123,23 +123,21 @@ class RawOp:
         """See `Forward`."""
         if not (q.numel() and k.numel()):  # what `shielded` does, at half its price
             return without_keys(q, k, v, out, return_lse)
-        if seqused_k is not None and not padding_is_safe:
-            v = without_padding(v, seqused_k, cu_seqlens_k)
-        arguments, place = self._fill.copy(), self._place
-        arguments[place["softmax_scale"]] = float(softmax_scale)
-        arguments[place["seqused_k"]] = seqused_k
-        if cu_seqlens_q is not None:  # dense calls have their lengths in their shapes
-            arguments[place["cu_seqlens_q"]] = cu_seqlens_q
-            arguments[place["cu_seqlens_k"]] = cu_seqlens_k
-            arguments[place["max_seqlen_q"]] = max_seqlen_q
-            arguments[place["max_seqlen_k"]] = max_seqlen_k
-        arguments[place["is_causal"]] = causal
-        arguments[place["window_size_left"]] = window[0]
-        arguments[place["window_size_right"]] = window[1]
-        arguments[place["softcap"]] = softcap
-        arguments[place["q_descale"]] = q_descale
-        arguments[place["k_descale"]] = k_descale
-        arguments[place["v_descale"]] = v_descale
+        if lengths.seqused_k is not None and not padding_is_safe:
+            v = without_padding(v, lengths.seqused_k, lengths.cu_seqlens_k)
+        if self._lacking:
+            refuse(self._name, options.beyond().keys() & self._lacking)
+        arguments = self._fill.copy()
+        scale, causal, left, right = self._spelled
+        arguments[scale], arguments[causal] = float(options.softmax_scale), options.causal
+        arguments[left], arguments[right] = options.window
+        for option, place in self._same:
+            arguments[place] = options[option]
+        if lengths is not DENSE:
+            cu_q, cu_k, max_q, max_k, used = self._lengths
+            arguments[cu_q], arguments[cu_k] = lengths.cu_seqlens_q, lengths.cu_seqlens_k
+            arguments[max_q], arguments[max_k] = lengths.max_seqlen_q, lengths.max_seqlen_k
+            arguments[used] = lengths.seqused_k
         return self._call(q, k, v, arguments, out, return_lse)
 
     def kvcache(
@@ -159,7 +157,8 @@ class RawOp:
         asked = {_CACHE_NAMES.get(name, name): value for name, value in options.items()}
         asked |= {"softmax_scale": float(softmax_scale), "num_splits": num_splits}
         asked["window_size_left"], asked["window_size_right"] = window_size
-        refuse(self._name, {name: x for name, x in asked.items() if name not in self._place})
+        lacking = asked.keys() - self._place.keys()
+        refuse(self._name, (name for name in lacking if not is_default(asked[name])))
         arguments = self._fill.copy()
         for name, value in asked.items():
             if name in self._place:
@@ -186,11 +185,28 @@ class RawOp:
 def differentiable(raw: Forward, public: Forward) -> Forward:
     """`raw`, except where autograd records: raw ops have no backward, a build's functions may."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result:
-        recorded = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
+        *,
+        padding_is_safe: bool = False,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Result:
+        forward = public if needs_grad(q, k, v) else raw
+        return forward(
+            q,
+            k,
+            v,
+            options,
+            lengths,
+            padding_is_safe=padding_is_safe,
+            out=out,
+            return_lse=return_lse,
         )
-        return (public if recorded else raw)(q, k, v, **options)
 
     return call
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from diffusers_fa3.errors import InputError, MaskError
 from diffusers_fa3.masks.meaning import AllValid, Band, Opaque, Sequence, Sequences, Valid
 from diffusers_fa3.masks.read import Axes2D, keys_by_structure, read_mask
+from diffusers_fa3.options import DENSE, Lengths
 
 Route = Literal["dense", "band", "seqused", "packed", "static"]
 
@@ -38,19 +39,16 @@ class PackingPlan:
     batch: int
     q_len: int
     k_len: int
-    seqused_k: Tensor | None = None
-    """int32 (B,): valid keys of each sample. Routes seqused and static."""
+    lengths: Lengths = DENSE
+    """What the kernel is told of the samples: `cu_seqlens` and `max_seqlen` on route packed, where
+    a group of queries that see alike is a sample; `seqused_k` on routes seqused and static."""
     rows_v: Tensor | None = None
     """int64 (B * S): for each key that goes to the kernel, where in B * Sk its value is taken from,
     if that of padding must not be seen: there, from the sample's first key, or, where it has none,
     from that of a sample that has. Route seqused."""
-    cu_seqlens_q: Tensor | None = None
-    """int32 (B + 1,): where each sample's queries begin and end. Route packed, as all below."""
-    cu_seqlens_k: Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
     indices_q: Tensor | None = None
-    """int64 (Tq,): positions in B * Sq of the queries that are kept; None: all of them."""
+    """int64 (Tq,): positions in B * Sq of the queries that are kept; None: all of them. Route
+    packed."""
     indices_k: Tensor | None = None
     """int64 (Tk,): positions in B * Sk of the valid keys; (B * Sk,), of all keys, on static.
 
@@ -66,6 +64,31 @@ class PackingPlan:
     also: PackingPlan | None = None
     """A second launch, for queries that see keys causally where others do not, or the other way
     round. Each launch gives rows of 0 for the queries of the other: the output is their sum."""
+
+    @property
+    def cu_seqlens_q(self) -> Tensor | None:
+        """Of `lengths`, as the four below: int32 (B + 1), where samples begin and end."""
+        return self.lengths.cu_seqlens_q
+
+    @property
+    def cu_seqlens_k(self) -> Tensor | None:
+        """Likewise, of keys."""
+        return self.lengths.cu_seqlens_k
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """The longest sample's queries, 0 where there are no `cu_seqlens`."""
+        return self.lengths.max_seqlen_q or 0
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """Likewise, of keys."""
+        return self.lengths.max_seqlen_k or 0
+
+    @property
+    def seqused_k(self) -> Tensor | None:
+        """int32 (B,): valid keys of each sample."""
+        return self.lengths.seqused_k
 
     def pack(
         self, q: Tensor, k: Tensor, v: Tensor, reads_padding: bool = False
@@ -249,10 +272,7 @@ def _plan_launch(
         batch,
         q_len,
         k_len,
-        cu_seqlens_q=_ends(q_lens).to(device),
-        cu_seqlens_k=_ends(k_lens).to(device),
-        max_seqlen_q=max(q_lens),
-        max_seqlen_k=max(k_lens),
+        Lengths(_ends(q_lens).to(device), _ends(k_lens).to(device), max(q_lens), max(k_lens)),
         indices_q=_unless_all(
             [s.queries + s.sample * q_len for s in sequences], batch * q_len, device
         ),
@@ -300,10 +320,7 @@ def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool)
         batch,
         q_len,
         k_len,
-        cu_seqlens_q=ends_q,
-        cu_seqlens_k=_cu_seqlens(keys),
-        max_seqlen_q=max(q_lens, default=0),
-        max_seqlen_k=max(k_lens, default=0),
+        Lengths(ends_q, _cu_seqlens(keys), max(q_lens, default=0), max(k_lens, default=0)),
         indices_q=indices_q,
         indices_k=_indices(keys, sum(k_lens)),
     )
@@ -321,7 +338,8 @@ def _plan_leading(
         first = torch.where(keys[:, 0], first, k_lens.index(max(k_lens)) * k_len)
     places = torch.arange(end, device=keys.device) * keys[:, :end]
     rows_v = (first[:, None] + places).flatten()
-    return replace(plan, seqused_k=keys.sum(-1, dtype=torch.int32), rows_v=rows_v)
+    lengths = Lengths(seqused_k=keys.sum(-1, dtype=torch.int32))
+    return replace(plan, lengths=lengths, rows_v=rows_v)
 
 
 def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:
@@ -332,7 +350,7 @@ def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPla
         batch,
         q_len,
         k_len,
-        seqused_k=lens.int(),
+        Lengths(seqused_k=lens.int()),
         indices_k=_valid_first(keys, lens).flatten(),
     )
 

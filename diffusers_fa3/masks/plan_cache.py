@@ -14,6 +14,7 @@ from torch.utils.weak import TensorWeakRef
 from diffusers_fa3.errors import FA3Error
 from diffusers_fa3.masks.meaning import Opaque
 from diffusers_fa3.masks.packing import PackingPlan
+from diffusers_fa3.options import Lengths
 
 Plan = PackingPlan | Opaque
 
@@ -94,6 +95,8 @@ def _alike(one: object, two: object) -> bool:
         return torch.equal(one, two)
     if isinstance(one, PackingPlan) and isinstance(two, PackingPlan):
         return _same(one, two)
+    if isinstance(one, Lengths) and isinstance(two, Lengths):
+        return all(map(_alike, one, two))
     return one == two
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_name import by_name
 from gpu.installed_kernels import machine, usable
 
 from diffusers_fa3 import attention
@@ -69,10 +70,12 @@ def kernel_for(name, options, *, head_dim, dtype=DTYPE, **asked):
 
 def agrees(kernel, q, k, v, **options):
     """Result and log-sum-exp, without and with `out`, within twice the reference's own rounding."""
-    truth, truth_lse = reference.forward(
+    truth, truth_lse = by_name(reference.forward)(
         *(x.double() for x in (q, k, v)), softmax_scale=SCALE, return_lse=True, **options
     )
-    rounded, _ = reference.forward(q, k, v, softmax_scale=SCALE, return_lse=True, **options)
+    rounded, _ = by_name(reference.forward)(
+        q, k, v, softmax_scale=SCALE, return_lse=True, **options
+    )
     budget = 3 * (rounded.double() - truth).abs().max() + 1e-3
     lengths = {}
     if "cu_seqlens_q" in options:
@@ -80,7 +83,7 @@ def agrees(kernel, q, k, v, **options):
     strided = torch.full((*q.shape[:-2], 2 * q.shape[-2], q.shape[-1]), torch.nan, device="cuda")
     strided = strided.to(q.dtype)[..., ::2, :]
     for out in (None, torch.full_like(q, torch.nan), strided):
-        got, lse = kernel.forward(
+        got, lse = by_name(kernel.forward)(
             q, k, v, softmax_scale=SCALE, out=out, return_lse=True, **lengths, **options
         )
         assert out is None or got is out
@@ -142,7 +145,7 @@ def test_padding_that_is_not_a_number(name, length):
 def test_a_call_without_any_key(name):
     kernel = kernel_for(name, {}, head_dim=64)
     q, k, v = tensors((130,), (0,), 64)
-    out, lse = kernel.forward(
+    out, lse = by_name(kernel.forward)(
         q,
         k,
         v,
@@ -164,8 +167,8 @@ def test_one_query_with_grouped_heads_fills_out(name):
     cu_q, cu_k = ends([1, 1]), ends([10, 20])
     lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 1, "max_seqlen_k": 20}
     out = torch.full_like(q, torch.nan)
-    got, _ = kernel.forward(q, k, v, softmax_scale=SCALE, out=out, **lengths)
-    want, _ = reference.forward(
+    got, _ = by_name(kernel.forward)(q, k, v, softmax_scale=SCALE, out=out, **lengths)
+    want, _ = by_name(reference.forward)(
         *(x.double() for x in (q, k, v)), softmax_scale=SCALE, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k
     )
     assert got is out
@@ -177,13 +180,13 @@ def test_gradients(name):
     kernel = kernel_for(name, {}, head_dim=64, backward=True)
     q, k, v = (x.requires_grad_() for x in tensors((sum(Q_LENS),), (sum(K_LENS),), 64))
     cu = {"cu_seqlens_q": ends(Q_LENS), "cu_seqlens_k": ends(K_LENS)}
-    out, _ = kernel.forward(
+    out, _ = by_name(kernel.forward)(
         q, k, v, softmax_scale=SCALE, max_seqlen_q=max(Q_LENS), max_seqlen_k=max(K_LENS), **cu
     )
     weights = torch.randn_like(out)
     got = torch.autograd.grad(out, (q, k, v), weights)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want_out, _ = reference.forward(*wide, softmax_scale=SCALE, **cu)
+    want_out, _ = by_name(reference.forward)(*wide, softmax_scale=SCALE, **cu)
     want = torch.autograd.grad(want_out, wide, weights.double())
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=5e-2, rtol=5e-2)
@@ -216,7 +219,7 @@ def test_float8_with_descales(name, packed):
             return x.double() * per_row[..., None]
         return x.double() * per_row[:, None, :, None]
 
-    truth, _ = reference.forward(
+    truth, _ = by_name(reference.forward)(
         wide(q, descale[0], 4, Q_LENS),
         wide(k, descale[1], 2, K_LENS),
         wide(v, descale[2], 2, K_LENS),
@@ -224,7 +227,7 @@ def test_float8_with_descales(name, packed):
         **lengths,
     )
     for out in (None, torch.full(q.shape, torch.nan, dtype=torch.bfloat16, device="cuda")):
-        got, _ = kernel.forward(
+        got, _ = by_name(kernel.forward)(
             q,
             k,
             v,
@@ -261,9 +264,9 @@ def test_a_native_out_needs_no_second_result(name, strided):
         pytest.skip(f"{name} copies into out")
     q, k, v = tensors((4, 2048), (4, 2048), 128)
     out = torch.empty_like(torch.cat([q, q], dim=2))[:, :, ::2] if strided else torch.empty_like(q)
-    kernel.forward(q, k, v, softmax_scale=SCALE, out=out)
+    by_name(kernel.forward)(q, k, v, softmax_scale=SCALE, out=out)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    kernel.forward(q, k, v, softmax_scale=SCALE, out=out)
+    by_name(kernel.forward)(q, k, v, softmax_scale=SCALE, out=out)
     assert torch.cuda.max_memory_allocated() - before < out.nbytes

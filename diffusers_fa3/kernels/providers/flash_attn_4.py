@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
-from diffusers_fa3.kernels.adapt import Result, dense_last_axis, refuse, shielded
+from diffusers_fa3.kernels.adapt import dense_last_axis, refuse, shielded
 from diffusers_fa3.kernels.build_flags import version_of
-from diffusers_fa3.kernels.contract import Forward, Kernel, Limits, Provider
+from diffusers_fa3.kernels.contract import Forward, Kernel, Limits, Provider, Result
 from diffusers_fa3.kernels.out import invoke, needs_grad
 from diffusers_fa3.kernels.signature import read_signature
+from diffusers_fa3.options import DENSE, Lengths, Options
 
 LIMITS = Limits(
     archs=("sm90a", "sm100", "sm110", "sm120"), max_head_dim=128, backward=True, kvcache=False
@@ -36,32 +37,30 @@ def bind(
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
         *,
-        softmax_scale: float,
-        window: tuple[int, int] = (-1, -1),
+        out: Tensor | None = None,
         return_lse: bool = False,
-        q_descale: Tensor | None = None,
-        k_descale: Tensor | None = None,
-        v_descale: Tensor | None = None,
-        **options: Any,
     ) -> Result:
-        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-        refuse("flash_attn_4", descales)
-        out: Tensor | None = options.pop("out", None)
-        arguments = {name: x for name, x in options.items() if x is not None}
-        arguments |= {"softmax_scale": softmax_scale, "return_lse": return_lse}
-        left, right = (None if keys < 0 else keys for keys in window)
+        refuse("flash_attn_4", options.beyond("causal", "window", "softcap"))
+        arguments: dict[str, Any] = {
+            name: value for name, value in zip(lengths._fields, lengths) if value is not None
+        }
+        if lengths.cu_seqlens_q is None:
+            arguments.pop("max_seqlen_q", None)
+            arguments.pop("max_seqlen_k", None)
+        arguments |= {"softmax_scale": options.softmax_scale, "return_lse": return_lse}
+        arguments |= {"causal": options.causal, "softcap": options.softcap}
+        left, right = (None if keys < 0 else keys for keys in options.window)
         if takes_out and not needs_grad(q, k, v):
             assert private is not None
             function = private
             arguments |= {"window_size_left": left, "window_size_right": right}
         else:
-            packed = "cu_seqlens_q" in arguments or "seqused_k" in arguments
+            packed = lengths.cu_seqlens_q is not None or lengths.seqused_k is not None
             function = varlen if packed else dense
             arguments["window_size"] = (left, right)
-        if "cu_seqlens_q" not in arguments:
-            arguments.pop("max_seqlen_q", None)
-            arguments.pop("max_seqlen_k", None)
         # Before there was a switch, the log-sum-exp came always.
         if "return_lse" not in read_signature(function).names:
             del arguments["return_lse"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from diffusers_fa3.errors import KernelUnavailableError
-from diffusers_fa3.kernels.adapt import Result, without_keys
-from diffusers_fa3.kernels.contract import HALF, Kernel, Limits, Provider
+from diffusers_fa3.kernels.adapt import refuse, without_keys
+from diffusers_fa3.kernels.contract import HALF, Kernel, Limits, Provider, Result
 from diffusers_fa3.kernels.out import needs_grad
 from diffusers_fa3.kernels.providers.reference_kvcache import kvcache
 from diffusers_fa3.kernels.providers.sdpa import sdpa
+from diffusers_fa3.options import DENSE, Lengths, Options
 
 LIMITS = Limits(
     archs=("any",),
@@ -31,19 +30,9 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    options: Options,
+    lengths: Lengths = DENSE,
     *,
-    softmax_scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
     padding_is_safe: bool = False,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -53,29 +42,17 @@ def forward(
     Reads cu_seqlens and seqused_k on the host. The logits are laid out in full where softcap or
     return_lse is asked for.
     """
-    if q_descale is not None or k_descale is not None or v_descale is not None:
-        raise KernelUnavailableError("reference serves no float8: it cannot take descales")
+    refuse("reference", options.beyond("causal", "window", "softcap"))
     if q.numel() == 0 or k.numel() == 0:
         return without_keys(q, k, v, out, return_lse)
-    how = partial(
-        sdpa,
-        scale=softmax_scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        return_lse=return_lse,
-    )
-    packed = cu_seqlens_q is not None and cu_seqlens_k is not None
-    if not packed and seqused_k is None and out is None:
-        return how(q, k, v)
+    packed = lengths.cu_seqlens_q is not None
+    if not packed and lengths.seqused_k is None and out is None:
+        return sdpa(q, k, v, options, return_lse)
 
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        parts = _packed_parts(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    else:
-        parts = _dense_parts(q, k, v, seqused_k)
+    parts = (_packed_parts if packed else _dense_parts)(q, k, v, lengths)
     results, lses = [], []
     for part in parts:
-        result, lse = how(*part)
+        result, lse = sdpa(*part, options, return_lse)
         results.append(result.flatten(0, 1) if packed else result)
         if lse is not None:
             lses.append(lse.transpose(0, 1).flatten(1, 2) if packed else lse)
@@ -86,32 +63,29 @@ def forward(
 
 
 def _dense_parts(
-    q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Neighbours with the same number of valid keys, each lot as one call; no other key is read."""
-    if seqused_k is None:
+    if lengths.seqused_k is None:
         yield q, k, v
         return
-    used: list[int] = seqused_k.tolist()
+    used: list[int] = lengths.seqused_k.tolist()
     for first, last in _runs([(n,) for n in used]):
         keys = slice(0, used[first])
         yield q[first:last], k[first:last, keys], v[first:last, keys]
 
 
 def _packed_parts(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Neighbours of the same lengths, each lot as one (B, S, H, D) view."""
-    ends_q: list[int] = cu_seqlens_q.tolist()
-    ends_k: list[int] = cu_seqlens_k.tolist()
+    assert lengths.cu_seqlens_q is not None
+    assert lengths.cu_seqlens_k is not None
+    ends_q: list[int] = lengths.cu_seqlens_q.tolist()
+    ends_k: list[int] = lengths.cu_seqlens_k.tolist()
     q_lens = [end - start for start, end in pairwise(ends_q)]
     k_lens = [end - start for start, end in pairwise(ends_k)]
-    used: list[int] = k_lens if seqused_k is None else seqused_k.tolist()
+    used: list[int] = k_lens if lengths.seqused_k is None else lengths.seqused_k.tolist()
     for first, last in _runs(list(zip(q_lens, k_lens, used, strict=True))):
         samples = last - first
         part_q = q[ends_q[first] : ends_q[last]].view(samples, q_lens[first], *q.shape[1:])

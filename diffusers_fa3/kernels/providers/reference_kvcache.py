@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import InputError
-from diffusers_fa3.kernels.adapt import Result, refuse
+from diffusers_fa3.kernels.adapt import refuse
+from diffusers_fa3.kernels.contract import Result
 from diffusers_fa3.kernels.providers.sdpa import sdpa
+from diffusers_fa3.options import Options, is_default
 
 
 def kvcache(
@@ -49,7 +51,8 @@ def kvcache(
         return_lse: also return (B, H, Sq).
         unknown: what this kernel refuses.
     """
-    refuse("reference", unknown)
+    refuse("reference", (name for name, value in unknown.items() if not is_default(value)))
+    options = Options(softmax_scale, causal, window_size, softcap)
     batch, page_size = len(q), k_cache.shape[1]
     if page_table is None:
         rows = torch.arange(batch) if cache_batch_idx is None else cache_batch_idx.cpu()
@@ -76,11 +79,8 @@ def kvcache(
             q[sample : sample + 1],
             k_cache[at][None],
             v_cache[at][None],
-            scale=softmax_scale,
-            causal=causal,
-            window=window_size,
-            softcap=softcap,
-            return_lse=return_lse,
+            options,
+            return_lse,
         )
         out[sample] = part[0]
         lses.append(lse)

@@ -6,61 +6,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_fa3.kernels.adapt import Result, without_keys
+from diffusers_fa3.kernels.adapt import without_keys
+from diffusers_fa3.kernels.contract import Result
+from diffusers_fa3.options import Options
 
 
-def sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    return_lse: bool = False,
-) -> Result:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: bool = False) -> Result:
     """Attention of samples of one length: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv).
 
-    Returns (B, Sq, H, Dv) and, where asked for, the log-sum-exp (B, H, Sq).
+    Returns (B, Sq, H, Dv) and, where asked for, the log-sum-exp (B, H, Sq). Of the options all but
+    descales.
     """
     if k.shape[1] == 0 or q.shape[1] == 0:
         return without_keys(q, k, v, None, return_lse)
-    square = q.shape[1] == k.shape[1] and window == (-1, -1)
-    grouped = q.shape[2] != k.shape[2]
-    if softcap or return_lse:
-        seen = _seen(q.shape[1], k.shape[1], causal, window, q.device)
-        return _attend_by_logits(q, k, v, scale, seen, softcap, return_lse)
-    by_flag = causal and square
+    by_flag = options.causal and q.shape[1] == k.shape[1] and options.window == (-1, -1)
+    if options.softcap or return_lse or not by_flag:
+        seen = _seen(q.shape[1], k.shape[1], options.causal, options.window, q.device)
+    else:
+        seen = None
+    if options.softcap or return_lse:
+        return _by_logits(q, k, v, options, seen, return_lse)
     result = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if by_flag else _seen(q.shape[1], k.shape[1], causal, window, q.device),
+        attn_mask=seen,
         is_causal=by_flag,
-        scale=scale,
-        enable_gqa=grouped,
+        scale=options.softmax_scale,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
     return result.transpose(1, 2), None
 
 
-def _attend_by_logits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    seen: Tensor | None,
-    softcap: float,
-    return_lse: bool,
+def _by_logits(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, seen: Tensor | None, return_lse: bool
 ) -> Result:
     group = q.shape[2] // k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     wide_q, wide_k, wide_v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (wide_k, wide_v))
 
-    logits = (wide_q * scale) @ wide_k.transpose(-1, -2)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = (wide_q * options.softmax_scale) @ wide_k.transpose(-1, -2)
+    if options.softcap:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
     empty = None
     if seen is not None:
         # A row that sees nothing gets any finite logits here and is emptied below: no NaN, neither

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from diffusers_fa3.errors import KernelUnavailableError
 from diffusers_fa3.kernels.adapt import (
-    Result,
     dense_as_packed,
     dense_last_axis,
     empty_rows_minus_inf,
-    is_default,
     refuse,
     shielded,
 )
-from diffusers_fa3.kernels.contract import Kernel, Limits, Provider
+from diffusers_fa3.kernels.contract import Kernel, Limits, Provider, Result
 from diffusers_fa3.kernels.out import deliver, fits_kernels, needs_grad
 from diffusers_fa3.kernels.signature import read_signature
+from diffusers_fa3.options import DENSE, Lengths, Options
 
 
 @dataclass(frozen=True)
@@ -40,38 +39,31 @@ class Varlen:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        options: Options,
+        lengths: Lengths = DENSE,
         *,
-        softmax_scale: float,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        seqused_k: Tensor | None = None,
-        causal: bool = False,
-        window: tuple[int, int] = (-1, -1),
         out: Tensor | None = None,
         return_lse: bool = False,
-        **options: Any,
     ) -> Result:
         """Packed calls; see `Forward`."""
-        refuse("torch_varlen", options)
         names = read_signature(self.function).names
-        if not is_default(seqused_k) and "seqused_k" not in names:
-            refuse("torch_varlen", {"seqused_k": seqused_k})
+        refuse("torch_varlen", options.beyond("causal", "window"))
+        if lengths.seqused_k is not None and "seqused_k" not in names:
+            refuse("torch_varlen", ["seqused_k"])
         known = {
             "return_aux": self.aux(lse=True) if return_lse else None,
-            "scale": softmax_scale,
-            "window_size": (window[0], 0) if causal else window,
+            "scale": options.softmax_scale,
+            "window_size": (options.window[0], 0) if options.causal else options.window,
             "enable_gqa": q.shape[1] != k.shape[1],
-            "seqused_k": seqused_k,
+            "seqused_k": lengths.seqused_k,
             # One split keeps torch on its flash kernel, whose sums do not depend on the batch.
             "num_splits": None if needs_grad(q, k, v) else 1,
         }
         known = {name: value for name, value in known.items() if name in names}
         q, k, v = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)
-        arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        arguments = (q, k, v, *lengths[:4])
         # FlashAttention-2 decodes grouped heads through a reshaped copy of what it should fill.
-        decodes = max_seqlen_q == 1 and q.shape[1] != k.shape[1]
+        decodes = lengths.max_seqlen_q == 1 and q.shape[1] != k.shape[1]
         if out is not None and self.into is not None and fits_kernels(out) and not decodes:
             result = self.into(out, *arguments, **known)
         else:

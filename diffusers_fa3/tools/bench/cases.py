@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusers_fa3.errors import InputError
 from diffusers_fa3.masks import PackingPlan, plan_packing
+from diffusers_fa3.options import Lengths
 
 SHARES = (None, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of valid text; None: no mask."""
@@ -129,10 +130,7 @@ class Case:
         return replace(
             plan,
             route="packed",
-            cu_seqlens_q=samples * self.q_len,
-            cu_seqlens_k=samples * self.k_len,
-            max_seqlen_q=self.q_len,
-            max_seqlen_k=self.k_len,
+            lengths=Lengths(samples * self.q_len, samples * self.k_len, self.q_len, self.k_len),
             indices_k=torch.arange(self.batch * self.k_len, device=device),
         )
 

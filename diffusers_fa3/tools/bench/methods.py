@@ -28,6 +28,7 @@ from diffusers_fa3.attention import attention
 from diffusers_fa3.interface import flash_attn_varlen_func
 from diffusers_fa3.kernels import Kernel, Request, read_machine, select
 from diffusers_fa3.masks import PackingPlan
+from diffusers_fa3.options import Options
 from diffusers_fa3.tools.bench.cases import Inputs
 
 Run = Callable[[Any], Any]
@@ -115,11 +116,11 @@ def diffusers_on(kernel: str) -> Iterator[None]:
         q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, **options: object
     ) -> tuple[Tensor, Tensor | None]:
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return chosen(q, lse=True).forward(q, k, v, softmax_scale=scale, return_lse=True)
+        return chosen(q, lse=True).forward(q, k, v, Options(scale), return_lse=True)
 
     def dense_on_cpu(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
         # No log-sum-exp, which a GPU's kernel gives for nothing and the reference does not.
-        out, _ = chosen(q, lse=False).forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5)
+        out, _ = chosen(q, lse=False).forward(q, k, v, Options(q.shape[-1] ** -0.5))
         return out, out.new_empty(0)
 
     def chosen(q: Tensor, lse: bool) -> Kernel:
