@@ -118,33 +118,15 @@ def flash_attn_varlen_func(
         check_out(out, q, v, others=(k,))
     return_lse = return_lse or return_attn_probs
     window = read_window(window_size)
-    chosen = select(
-        Request(
-            dtype=q.dtype,
-            head_dim=q.shape[-1],
-            head_dim_v=v.shape[-1],
-            seqused_k=seqused_k is not None,
-            window=window != (-1, -1),
-            softcap=softcap != 0,
-            lse=return_lse,
-            backward=backward,
-        ),
-        read_machine(q.device),
-        kernel,
-    )
-    result, lse = chosen.forward(
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    options = Options(scale, causal, window, softcap, q_descale, k_descale, v_descale)
+    request = _request(q, v, options, return_lse)
+    request = request._replace(seqused_k=seqused_k is not None, backward=backward)
+    result, lse = select(request, read_machine(q.device), kernel).forward(
         q,
         k,
         v,
-        Options(
-            q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-            causal,
-            window,
-            softcap,
-            q_descale,
-            k_descale,
-            v_descale,
-        ),
+        options,
         Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k),
         out=out,
         return_lse=return_lse,
@@ -258,20 +240,10 @@ def flash_attn_with_kvcache(
 
     return_lse = return_lse or return_softmax_lse
     window = read_window(window_size)
-    chosen = select(
-        Request(
-            dtype=q.dtype,
-            head_dim=q.shape[-1],
-            head_dim_v=v_cache.shape[-1],
-            varlen=cu_seqlens_q is not None,
-            window=window != (-1, -1),
-            softcap=softcap != 0,
-            lse=return_lse,
-            kvcache=True,
-        ),
-        read_machine(q.device),
-        kernel,
-    )
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    request = _request(q, v_cache, Options(scale, causal, window, softcap), return_lse)
+    request = request._replace(varlen=cu_seqlens_q is not None, kvcache=True)
+    chosen = select(request, read_machine(q.device), kernel)
     asked: dict[str, Any] = {
         "k": k,
         "v": v,
@@ -306,11 +278,22 @@ def flash_attn_with_kvcache(
         k_cache,
         v_cache,
         **asked,
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale=scale,
         out=out,
         return_lse=return_lse,
     )
     return result if lse is None else (result, lse)
+
+
+def _request(q: Tensor, v: Tensor, options: Options, return_lse: bool) -> Request:
+    return Request(
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        window=options.window != (-1, -1),
+        softcap=options.softcap != 0,
+        lse=return_lse,
+    )
 
 
 def _cache_entry(kernel: Kernel) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import diffusers_fa3
+from diffusers_fa3.kernels import PROVIDERS
 
 PACKAGE = Path(diffusers_fa3.__file__).parent
 TOP, BOTTOM = "front doors", "what all know"
@@ -32,7 +33,7 @@ ROOMS = {
         "host",
     ),
     TOP: ("interface", "interface_checks", "attention", "inputs"),
-    "masks": ("plan_cache", "packing", "read", "rows", "outer", "meaning"),
+    "masks": ("plan_cache", "planning", "packing", "read", "rows", "outer", "meaning"),
     "kernels": (
         "compiled",
         "installed",
@@ -143,10 +144,9 @@ loaded = [name for name in {modules!r} if name in sys.modules]
 import torch
 print(",".join(loaded), torch.cuda.is_initialized())
 """
-KERNELS = (
-    "flash_attn", "flash_attn_interface", "flash_attn_3", "fa3_fwd_interface", "sgl_kernel",
-    "vllm", "kernels", "xformers",
-)  # fmt: skip
+KERNELS = tuple(
+    module for p in PROVIDERS for module in p.modules if not module.startswith("torch.")
+)
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,7 @@ _CACHE_NAMES = {
 """What the op calls the arguments of `flash_attn_with_kvcache`, where it is something else."""
 
 
-_NEEDED = frozenset(
-    {
-        *("out", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k"),
-        *("q_descale", "k_descale", "v_descale", "softmax_scale", "is_causal", "softcap"),
-        *("window_size_left", "window_size_right", "num_splits"),
-    }
-)
+_NEEDED = {"out", "num_splits", *_SPELLED, *dict(_SAME).values(), *Lengths._fields}
 
 
 class RawOp:
@@ -104,8 +98,7 @@ class RawOp:
         self._fill = [_FILL.get(a.name, a.default_value) for a in schema.arguments[3:]]
         self._place = {argument: i for i, argument in enumerate(names[3:])}
         self._spelled = [self._place[argument] for argument in _SPELLED]
-        self._same = [(i, self._place[n]) for i, n in _SAME if n in self._place]
-        self._lacking = {n for _, n in _SAME} - {*names}
+        self._same = [(option, self._place[argument]) for option, argument in _SAME]
         self._lengths = [self._place[argument] for argument in Lengths._fields]
 
     def forward(
@@ -125,8 +118,6 @@ class RawOp:
             return without_keys(q, k, v, out, return_lse)
         if lengths.seqused_k is not None and not padding_is_safe:
             v = without_padding(v, lengths.seqused_k, lengths.cu_seqlens_k)
-        if self._lacking:
-            refuse(self._name, options.beyond().keys() & self._lacking)
         arguments = self._fill.copy()
         scale, causal, left, right = self._spelled
         arguments[scale], arguments[causal] = float(options.softmax_scale), options.causal

@@ -76,7 +76,15 @@ def dispatch_attention_fn(
             frame.decline(reason)
         else:
             out = try_dispatched(
-                frame, query, key, value, attn_mask, dropout_p, is_causal, scale, parallel_config
+                frame,
+                query,
+                key,
+                value,
+                mask=attn_mask,
+                dropout_p=dropout_p,
+                causal=is_causal,
+                scale=scale,
+                parallel_config=parallel_config,
             )
             if out is not None:
                 return out
@@ -115,6 +123,7 @@ def try_dispatched(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     mask: Any,
     dropout_p: float,
     causal: bool,

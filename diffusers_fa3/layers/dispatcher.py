@@ -125,7 +125,8 @@ def _add_backend() -> None:
         return member if value == NAME else None
 
     type.__setattr__(AttentionBackendName, "_missing_", classmethod(missing))
-    _AttentionBackendRegistry.register(member)(_backend)
+    native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
+    _AttentionBackendRegistry.register(member)(_backend_before(native))
 
     def undo() -> None:
         if _AttentionBackendRegistry._active_backend is member:
@@ -140,40 +141,22 @@ def _add_backend() -> None:
     _undo.append(undo)
 
 
-def _backend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    _parallel_config: Any = None,
-) -> Any:
-    """Backend "fa3" of diffusers' dispatcher: tensors (B, S, H, D)."""
-    out = try_dispatched(
-        Frame(_PROCESS, (), {}),
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        _parallel_config,
-    )
-    if out is not None:
-        return out
-    native: Callable[..., Any] = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
-    return native(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        _parallel_config=_parallel_config,
-    )
+def _backend_before(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Backend "fa3" of diffusers' dispatcher, with the arguments of the native one, by name."""
+
+    @functools.wraps(native)
+    def backend(**call: Any) -> Tensor:
+        out = try_dispatched(
+            Frame(_PROCESS, (), {}),
+            call["query"],
+            call["key"],
+            call["value"],
+            mask=call.get("attn_mask"),
+            dropout_p=call.get("dropout_p", 0.0),
+            causal=call.get("is_causal", False),
+            scale=call.get("scale"),
+            parallel_config=call.get("_parallel_config"),
+        )
+        return native(**call) if out is None else out
+
+    return backend

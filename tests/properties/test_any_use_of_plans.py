@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffusers_fa3.masks import plan_cache
 from diffusers_fa3.masks.meaning import Opaque
-from diffusers_fa3.masks.packing import try_plan
 from diffusers_fa3.masks.plan_cache import Plan, PlanCache
+from diffusers_fa3.masks.planning import try_plan
 
 from . import tried
 from .tensors import seeds
