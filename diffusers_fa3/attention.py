@@ -38,14 +38,17 @@ from diffusers_fa3.masks import Axes2D, Opaque, PackingPlan, Plan, try_plan
 from diffusers_fa3.options import Options
 
 _UNMASKED = PackingPlan("dense", 0, 0, 0)
-"""Of no sizes: tensors go to the kernel as they are, whatever they are."""
+"""The plan of every call without a mask. Its sizes are not read on route dense."""
 
 FindPlan = Callable[[Tensor, object, Callable[[], Plan]], Plan]
-"""Finds the plan for a mask and the rest of the call again, or has it made."""
+"""(mask, everything else that the plan depends on, a function that makes the plan) -> the plan.
+
+A caller with many layers passes one, so that a plan made for an earlier layer is found again.
+"""
 
 
 class Served(NamedTuple):
-    """What a kernel made of a call. A tuple, which is made fast."""
+    """A call that a kernel served. A tuple, since tuples are made fast."""
 
     out: Tensor
     lse: Tensor | None
@@ -55,7 +58,7 @@ class Served(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """Why no kernel took a call, in words, and the error that this is where it has to be one."""
+    """A call that no kernel took: the reason, and the error to raise if a kernel was required."""
 
     reason: str
     error: FA3Error
@@ -77,7 +80,12 @@ def attend(
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Served | Declined:
-    """The way of the data: `attention` and every processor go it."""
+    """One attention call, of `attention` or of a processor.
+
+    Arguments are those of `attention`, and: whether a 2-D mask is (B, Sk) or (Sq, Sk) (`axes_2d`);
+    whether self attention leaves padded tokens out as queries, too (`pack_queries`); what finds the
+    plan of an earlier layer (`find_plan`); for whom compiled graphs count calls (`switch_id`).
+    """
     check_inputs(q, k, v, mask, causal)
     batch, q_len, heads, head_dim = q.shape
     k_len = k.shape[1]
@@ -108,12 +116,12 @@ def attend(
     if plan.route == "packed" and not (plan.lengths.max_seqlen_q and plan.lengths.max_seqlen_k):
         return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
     if plan.window != (-1, -1):
-        # Only now is it known that a sliding window is needed, which not every build has.
+        # The mask is a sliding window, which not every build has: choose again.
         chosen = _choose(request._replace(window=True), q.device, kernel, switch_id)
         if isinstance(chosen, Declined):
             return chosen
 
-    # The kernel, between pack and unpack; a second time where queries see in two ways.
+    # The kernel, between pack and unpack; twice where some queries see causally and others not.
     scale = head_dim**-0.5 if scale is None else scale
     result, lse = _launch(chosen, plan, q, k, v, scale, causal, out, return_lse)
     if plan.also is not None:
@@ -163,7 +171,7 @@ def attention(
     """Attention of q over the keys that `mask` leaves valid, on a variable-length kernel.
 
     Equal to `scaled_dot_product_attention` with the same mask. A row without any valid key is 0.
-    A kernel never reads what lies at padded keys, be it NaN or inf.
+    Values at padded keys never matter, not even NaN or inf.
 
     Args:
         q: (B, Sq, H, D).
@@ -171,22 +179,31 @@ def attention(
         v: (B, Sk, Hk, Dv), likewise.
         mask: None; or bool (True: the key is seen), int (0 or 1) or additive float (0 or <= -1e4),
             of shape (Sk), (B, Sk), (B, 1, 1, Sk), (B, H, 1, Sk), (B, 1, Sq, Sk) or (B, H, Sq, Sk);
-            or a plan that `plan_packing` made of such a mask, and which is then not read again.
+            or a plan that `plan_packing` made of such a mask, which is then not read again.
         scale: factor of the logits; None is D ** -0.5.
         causal: query i sees keys up to i. Needs Sq = Sk and no mask.
         kernel: "auto", a name from `available_kernels()`, or a function with FlashAttention's
-            arguments. A name or function is honoured or refused. "auto" takes the best kernel that
-            is installed, and where none can serve, or packing cannot express the mask, PyTorch's
-            own attention, with a `FallbackWarning` that says why.
+            arguments. A name or function is used, or the call is refused. "auto" takes the best
+            installed kernel. Where no kernel can serve, or packing cannot express the mask, "auto"
+            takes PyTorch's attention, with a `FallbackWarning` that says why.
         out: (B, Sq, H, Dv), of q's dtype; receives the result and is returned. Not with autograd.
         return_lse: also return the log-sum-exp of the logits, fp32 (B, H, Sq), natural log; -inf in
-            rows without a valid key. Never falls back: PyTorch's attention has none.
+            rows without a valid key. PyTorch's attention has no log-sum-exp, so such a call is
+            served by a kernel or refused.
 
     Raises:
         InputError: shapes, dtypes or devices that do not belong together; an unfit `out`.
         MaskError: the mask does not broadcast or lies on another device; or, with `kernel` given
             or `return_lse`, packing cannot express it.
         KernelUnavailableError: the asked-for kernel cannot serve, with every reason.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_fa3 import attention
+        >>> q, k, v = torch.randn(3, 2, 6, 4, 8)  # (B, S, H, D)
+        >>> padding = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1]])  # (B, Sk)
+        >>> attention(q, k, v, padding).shape
+        torch.Size([2, 6, 4, 8])
     """
     if out is not None:
         check_out(out, q, v, others=(k, mask) if isinstance(mask, Tensor) else (k,))
@@ -250,9 +267,9 @@ def _plan(
 
 
 def _is_recorded(mask: Tensor) -> bool:
-    """Whether the call becomes part of a graph, which can read nothing back from the device.
+    """Whether the call becomes part of a compiled or CUDA graph.
 
-    Nor may it hold a plan that was made from what the mask contained at some other time.
+    A graph cannot read the mask, nor use a plan of what the mask contained at another time.
     """
     if torch.compiler.is_compiling():
         return True
@@ -262,7 +279,7 @@ def _is_recorded(mask: Tensor) -> bool:
 def _default(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool
 ) -> Tensor:
-    """PyTorch's attention on the same tensors."""
+    """PyTorch's attention on the same tensors, (B, S, H, D)."""
     if mask is not None:
         mask = mask if mask.is_floating_point() else mask.bool()
         mask = mask[None] if mask.ndim == 1 else mask

@@ -94,6 +94,14 @@ def flash_attn_varlen_func(
     Raises:
         InputError: arguments that do not belong together, or that no kernel here takes.
         KernelUnavailableError: no kernel can serve, or not the one asked for.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_fa3 import flash_attn_varlen_func
+        >>> q, k, v = torch.randn(3, 7, 4, 8)  # two samples, of 2 and 5 tokens: (T, H, D)
+        >>> cu_seqlens = torch.tensor([0, 2, 7], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 5, 5).shape
+        torch.Size([7, 4, 8])
     """
     check_tensors(q, k, v, rank=3)
     check_lengths("cu_seqlens_q", cu_seqlens_q, q, None)
@@ -216,6 +224,16 @@ def flash_attn_with_kvcache(
     Raises:
         InputError: arguments that do not belong together; autograd, which no cache kernel records.
         KernelUnavailableError: no kernel can serve, or not the one asked for.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_fa3 import flash_attn_with_kvcache
+        >>> k_cache, v_cache = torch.zeros(2, 1, 16, 4, 8)  # (B, Sk, H, D), 3 keys of it valid
+        >>> q, k, v = torch.randn(3, 1, 1, 4, 8)  # a token
+        >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=3).shape
+        torch.Size([1, 1, 4, 8])
+        >>> torch.equal(k_cache[:, 3], k[:, 0])
+        True
     """
     check_tensors(q, k_cache, v_cache, rank=4 if cu_seqlens_q is None else 3, rank_k=4)
     check_new_keys(k, v, k_cache, v_cache)

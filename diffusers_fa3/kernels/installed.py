@@ -24,6 +24,14 @@ def available_kernels(device: torch.device | str | None = None) -> KernelTable:
     Returns:
         A row for each, in order of preference; printed, they are a table. Providers that serve only
         by name (their import is heavy, or downloads) are not loaded for this.
+
+    Example:
+        >>> from diffusers_fa3 import available_kernels
+        >>> [row.name for row in available_kernels("cpu") if row.accepted]
+        ['reference']
+        >>> print(available_kernels("cpu"))
+        kernel        usable  version  why not, or how `out` is served
+        ...
     """
     has_cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if has_cuda else "cpu") if device is None else device)

@@ -44,6 +44,18 @@ def call_kernel(
         InputError: an unfit `out` (see `check_out`), before the kernel runs; or a kernel whose
             `out` is bound already.
         KernelUnavailableError: `return_lse` asked of a kernel that returns none.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_fa3 import call_kernel
+        >>> def kernel(q, k, v):  # has never heard of `out`
+        ...     return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        >>> q, k, v = torch.randn(3, 2, 4, 8)
+        >>> out = torch.empty_like(q)
+        >>> call_kernel(kernel, q, k, v, out=out) is out
+        True
+        >>> torch.equal(out, kernel(q, k, v))
+        True
     """
     signature = read_signature(kernel)
     if return_lse:

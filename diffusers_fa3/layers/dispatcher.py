@@ -1,7 +1,7 @@
 """register / unregister: "fa3" under the names by which diffusers switches attention.
 
-The one file that patches diffusers, and only between `register()` and `unregister()`. What it
-touches there, private names included, stands in `register`.
+The one file that patches diffusers, and only between `register()` and `unregister()`. `register`
+names everything that is patched, private names included.
 """
 
 from __future__ import annotations
@@ -40,8 +40,18 @@ def register() -> None:
                                                           reset_attention_backend, as disable_fa3
         with attention_backend("fa3"): ...                all layers that use diffusers' dispatcher
 
-    The last one is diffusers' process-wide switch. It knows no layers, so there is no coverage
-    report of it; a call that no kernel can serve goes to the native backend, with a warning.
+    `attention_backend` switches the process, not layers: no coverage report has its calls. A call
+    that no kernel can serve goes to the native backend, with a warning.
+
+    Example:
+        >>> from diffusers.models.attention_processor import Attention
+        >>> from diffusers_fa3 import FA3AttnProcessor, register, unregister
+        >>> layer = Attention(query_dim=8, heads=2, dim_head=4)
+        >>> register()
+        >>> layer.set_processor(FA3AttnProcessor())
+        >>> unregister()
+        >>> layer.processor  # stays switched
+        FA3AttnProcessor(AttnProcessor2_0)
     """
     if _undo:
         return
@@ -55,7 +65,18 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take back all that `register()` did; layers that were switched meanwhile stay switched."""
+    """Take back all that `register()` did; layers that were switched meanwhile stay switched.
+
+    Example:
+        >>> from diffusers import DiffusionPipeline
+        >>> from diffusers_fa3 import register, unregister
+        >>> register()
+        >>> hasattr(DiffusionPipeline, "set_attn_processor")
+        True
+        >>> unregister()
+        >>> hasattr(DiffusionPipeline, "set_attn_processor")
+        False
+    """
     while _undo:
         _undo.pop()()
 

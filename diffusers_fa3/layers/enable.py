@@ -35,28 +35,31 @@ def enable_fa3(
 ) -> Coverage:
     """Put the attention layers of one model, or of a pipeline's denoisers, on a varlen kernel.
 
-    Every layer keeps its own processor object, wrapped: see `FA3AttnProcessor`. Switching a model
-    that is switched already gives it the new options, and begins its counts anew.
+    Every layer keeps its own processor object, wrapped: see `FA3AttnProcessor`. A model that is
+    switched already gets the new options, and its counts begin anew.
 
-    A layer that is set to a backend of diffusers, before or after, by `set_attention_backend`, goes
-    on using that one, counted, until `reset_attention_backend`. Layers that take no backend stay on
-    the kernel, and so do all under `attention_backend(...)`, which is for the process.
+    A layer that `set_attention_backend` sets to a backend of diffusers, before or after the switch,
+    uses that backend until `reset_attention_backend`; its calls are counted. Processors without a
+    backend setting stay on the kernel. So do all layers under `attention_backend(...)`, which sets
+    the backend of the process.
 
     Args:
         pipe_or_model: a diffusers model, any module with attention layers below it, or a pipeline.
-            Of a pipeline, the denoisers are switched (components called transformer, unet,
-            controlnet, prior, super_res or decoder, with anything before or after), not the VAE nor
-            text encoders; pass those by themselves.
+            Of a pipeline, the denoisers are switched: the components with transformer, unet,
+            controlnet, prior or super_res in their name, and those that begin with decoder. The VAE
+            and the text encoders are not; pass them by themselves.
         kernel: "auto", the best that is installed; or a name from `available_kernels()`, or a
             function with FlashAttention's arguments, which is used or refused.
-        fallback: the default attention serves what no kernel can. Besides being counted, this is
-            told: "warn" once for each processor class and reason, "error" raises instead, "silent".
+        fallback: how a call is told that no kernel can serve and that the default attention serves
+            instead. Every such call is counted. "warn" also warns once for each processor class and
+            reason, "error" raises instead of serving, "silent" does neither.
         layers: which of the layers: a regular expression, searched in their names as `coverage`
             shows them; or a function of a layer's name and module. None: all.
-        pack_queries: leave padded tokens out as queries too, not as keys alone, where the model
-            never reads what attention gives for them: its output stays the same, what lies at
-            padded tokens within does not. Only for the models that `diffusers_fa3.layers.pads`
-            lists; other layers of theirs, and compiled graphs, pack keys as ever.
+        pack_queries: leave padded tokens out as queries, too, and not as keys alone. This is for
+            models that never read the output of attention at padded tokens: the model's output
+            stays the same, and only the hidden states at padded tokens differ.
+            `diffusers_fa3.layers.pads` lists these models and their layers. Other layers of these
+            models, and compiled graphs, pack keys alone.
 
     Returns:
         What `coverage` says now.
@@ -67,6 +70,19 @@ def enable_fa3(
         KernelUnavailableError: `kernel` is not a known name, or is not installed.
         InputError: an unknown `fallback`.
         Nothing is switched in any of these cases.
+
+    Example:
+        >>> import torch
+        >>> from diffusers.models.attention_processor import Attention
+        >>> from diffusers_fa3 import coverage, disable_fa3, enable_fa3
+        >>> block = torch.nn.ModuleDict({"attn": Attention(query_dim=8, heads=2, dim_head=4)})
+        >>> report = enable_fa3(block, kernel="reference")
+        >>> _ = block["attn"](torch.randn(1, 5, 8))
+        >>> print(coverage(block))
+        layers      processor         kernel     calls
+        attn    x1  AttnProcessor2_0  reference  dense 1
+        1 calls on a kernel, 0 on the default attention; 0 plans made, 0 reused
+        >>> disable_fa3(block)
     """
     if fallback not in get_args(Fallback):
         raise InputError(f"fallback is one of {get_args(Fallback)}; got {fallback!r}")
@@ -96,6 +112,16 @@ def disable_fa3(pipe_or_model: Any) -> None:
 
     Raises:
         UnsupportedModelError: there is no attention layer.
+
+    Example:
+        >>> from diffusers.models.attention_processor import Attention
+        >>> from diffusers_fa3 import disable_fa3, enable_fa3
+        >>> layer = Attention(query_dim=8, heads=2, dim_head=4)
+        >>> before = layer.processor
+        >>> report = enable_fa3(layer)
+        >>> disable_fa3(layer)
+        >>> layer.processor is before
+        True
     """
     for _, layer in _layers(pipe_or_model):
         if record_of(layer.processor) is not None:
@@ -112,6 +138,17 @@ def coverage(pipe_or_model: Any) -> Coverage:
 
     Raises:
         UnsupportedModelError: there is no attention layer.
+
+    Example:
+        >>> import torch
+        >>> from diffusers.models.attention_processor import Attention
+        >>> from diffusers_fa3 import coverage, enable_fa3
+        >>> layer = Attention(query_dim=8, heads=2, dim_head=4)
+        >>> report = enable_fa3(layer, kernel="reference", fallback="silent")
+        >>> bias = torch.rand(1, 5, 5)  # for every query and key: no kernel takes it
+        >>> _ = layer(torch.randn(1, 5, 8), attention_mask=bias)
+        >>> coverage(layer).rows[0].fallbacks
+        {'float32 mask with values that are a bias, not a mask': 1}
     """
     layers = list(_layers(pipe_or_model))
     rows = [

@@ -18,30 +18,35 @@ from diffusers_fa3.layers.rebind import Helpers, bases_on_ours
 from diffusers_fa3.layers.record import Fallback, LayerRecord, Settings
 
 READY_MADE_SIGNATURES = TorchVersion(torch.__version__) < "2.14" and sys.version_info >= (3, 11)
-"""diffusers sorts a layer's arguments by its processor's signature, in every call: a ready-made one
-saves 8 us. Dynamo cannot trace it from torch 2.14 on, nor that of torch 2.9 on Python 3.10."""
+"""Whether wrapped processors carry a signature object. diffusers reads the signature of a layer's
+processor in every call; a ready-made one saves 8 us. Dynamo cannot trace it on torch 2.14 and
+newer, nor on Python 3.10 with torch 2.9."""
 
 
 class FA3AttnProcessor:
     """One layer's processor, wrapped: its projections, norms and rotary embeddings are untouched.
 
-        model.set_attn_processor(
-            {name: FA3AttnProcessor(p) for name, p in model.attn_processors.items()}
-        )
-
-    The result is an instance of the processor's own class, too, with the very attributes, weights
-    and backend settings of the processor, which it shares: what is set on one is set on both.
+    The wrapped processor is an instance of the processor's own class, too. It shares attributes,
+    weights and backend settings with the processor: an attribute set on either is set on both.
 
     Args:
-        processor: what the layer has now. Without one, this is only a request, for
-            `set_attn_processor` after `register()`; a layer that calls it gets an error, since
-            there is no processor that would be right for every layer.
+        processor: the layer's processor. Without a processor, this is a request for
+            `set_attn_processor` after `register()`, by which every layer keeps its own processor; a
+            layer that calls a request gets an error.
         kernel: "auto", a name from `available_kernels()`, or a function.
-        fallback: what a call that no kernel can serve does besides going to the default attention:
-            "warn" once for each reason, "error", "silent".
+        fallback: how a call that no kernel can serve is told, besides being counted: "warn" warns
+            once for each reason, "error" raises, "silent" does neither.
 
     Raises:
         UnsupportedModelError: `processor` is no attention processor.
+
+    Example:
+        >>> from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+        >>> from diffusers_fa3 import FA3AttnProcessor
+        >>> layer = Attention(query_dim=8, heads=2, dim_head=4)
+        >>> layer.set_processor(FA3AttnProcessor(layer.processor))
+        >>> isinstance(layer.processor, AttnProcessor2_0)
+        True
     """
 
     __slots__ = ("_fa3",)
@@ -86,7 +91,7 @@ class FA3AttnProcessor:
 def wrap(
     processor: Any, settings: Settings, name: str = "", pack_queries: bool = False
 ) -> FA3AttnProcessor:
-    """`processor` on the kernel; itself it stays as it is.
+    """`processor` with its attention calls on the kernel; the object itself stays as it is.
 
     Raises:
         UnsupportedModelError: it is no processor, or one without attributes that could be shared.
@@ -128,13 +133,14 @@ def _request(settings: Settings) -> FA3AttnProcessor:
 
 
 def _class_of(processor: FA3AttnProcessor, own: type) -> type:
-    """The class of the layer's own processor, as code sees it that looks at `__class__`.
+    """`__class__` of a wrapped processor: the class of the layer's own processor.
 
-    But there, too, Dynamo of torch 2.13 looks for methods: it has to find those that are rebound.
+    Dynamo of torch 2.13 looks for methods in the MRO of `__class__`. It is given the wrapped class,
+    so that it finds the methods that are bound anew.
     """
     asking = sys._getframe(1)
     is_dynamo = asking.f_code.co_name == "lookup_class_mro_attr"
-    # The layer that asks for the signature of `__call__` is to see the one of the class itself.
+    # Layers ask for the signature of `__call__`: Dynamo can trace that of the processor's class.
     return type(processor) if is_dynamo and asking.f_locals["name"] != "__call__" else own
 
 
@@ -164,7 +170,7 @@ def _wrapped_class(cls: type) -> type:
             "__doc__": cls.__doc__,
         },
     )
-    # The class's own, rebound or not: nn.Module's, where the class has a forward.
+    # The class's own `__call__`, bound anew or not; nn.Module's, where the class has a forward.
     _, _, *behind = wrapped.__mro__
     own_call = next(vars(base)["__call__"] for base in behind if "__call__" in vars(base))
     return wrapped

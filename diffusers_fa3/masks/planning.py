@@ -1,4 +1,4 @@
-"""From a mask to the plan of its call: route, `cu_seqlens`, and where tokens are gathered from."""
+"""From a mask to the plan of its call: the route, the lengths, and the indices of kept tokens."""
 
 from __future__ import annotations
 
@@ -54,6 +54,17 @@ def plan_packing(
             packing cannot express it: it depends on the head, or on the query without a pattern, or
             is a bias; or, with `static`, might be such a one.
         InputError: `pack_queries` with more or fewer queries than keys.
+
+    Example:
+        >>> import torch
+        >>> from diffusers_fa3 import attention, plan_packing
+        >>> padding = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1]])  # (B, Sk)
+        >>> plan = plan_packing(padding, batch=2, q_len=6, k_len=6)
+        >>> plan.route, plan.cu_seqlens_k.tolist(), plan.max_seqlen_k
+        ('packed', [0, 4, 7], 4)
+        >>> q, k, v = torch.randn(3, 2, 6, 4, 8)
+        >>> torch.equal(attention(q, k, v, plan), attention(q, k, v, padding))
+        True
     """
     if pack_queries and q_len != k_len:
         raise InputError(
@@ -80,7 +91,10 @@ def try_plan(
     static: bool = False,
     pack_queries: bool = False,
 ) -> PackingPlan | Opaque:
-    """`plan_packing` for those who know what to do with a mask that packing cannot express."""
+    """`plan_packing`, but a mask that packing cannot express gives `Opaque` instead of an error.
+
+    `sizes` is (B, H, Sq, Sk); `pack_queries` needs Sq = Sk.
+    """
     batch, heads, q_len, k_len = sizes
     if mask is None:
         return PackingPlan("dense", batch, q_len, k_len)
@@ -114,7 +128,7 @@ def _plan_band(band: Band, batch: int, q_len: int, k_len: int) -> PackingPlan:
 def _plan_sequences(
     meaning: Sequences, batch: int, q_len: int, k_len: int, device: torch.device
 ) -> PackingPlan:
-    """One launch for each way of seeing: causal or not is said to a kernel once."""
+    """One launch for causal groups, one for the others: `causal` applies to a whole launch."""
     sequences = list(_of_every_sample(meaning, batch))
     launches = [
         _plan_launch(group, causal, batch, q_len, k_len, device)
@@ -163,7 +177,7 @@ def _ends(lens: list[int]) -> Tensor:
 
 
 def _unless_all(positions: list[Tensor], total: int, device: torch.device) -> Tensor | None:
-    """Where rows are to be taken from; None where that is from all of them, in order."""
+    """The positions of the rows to gather, on `device`; None if that is all rows, in order."""
     joined = torch.cat(positions)
     return None if torch.equal(joined, torch.arange(total)) else joined.to(device)
 
@@ -196,12 +210,14 @@ def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool)
 def _plan_leading(
     keys: Tensor, k_lens: tuple[int, ...], batch: int, q_len: int, k_len: int
 ) -> PackingPlan:
-    end = max(*k_lens, 1)  # of no key at all, a kernel is told by seqused_k
+    end = max(*k_lens, 1)  # if no sample has keys, one is passed, with seqused_k 0
     plan = PackingPlan("seqused", batch, q_len, k_len, end_key=end if end < k_len else None)
     if min(k_lens) == end:
         return plan
     first = torch.arange(0, batch * k_len, k_len, device=keys.device)
-    if 0 in k_lens:  # laid end to end, what such a sample has is read with the one before it
+    if 0 in k_lens:
+        # Kernels that take samples end to end may read a sample without valid keys in the last tile
+        # of the sample before it, so its values must be valid, too.
         first = torch.where(keys[:, 0], first, k_lens.index(max(k_lens)) * k_len)
     places = torch.arange(end, device=keys.device) * keys[:, :end]
     rows_v = (first[:, None] + places).flatten()
@@ -223,28 +239,34 @@ def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPla
 
 
 def _valid_first(keys: Tensor, lens: Tensor) -> Tensor:
-    """(B, Sk) positions in B * Sk: of each sample's valid keys, then of one of them in the rest."""
+    """Positions in B * Sk, (B, Sk): each sample's valid keys, then its first valid key repeated.
+
+    A sample without valid keys repeats the first valid key of the sample with the most.
+    """
     batch, k_len = keys.shape
     every = torch.arange(batch * k_len, device=keys.device).view(batch, k_len)
     if not every.numel():
         return every
     first = every[:, 0] + keys.int().argmax(-1)
     rest = torch.where(lens > 0, first, first.index_select(0, lens.argmax(0, keepdim=True)))
-    # Where each key goes: valid ones to the front, in their order; others to one place too many.
+    # Column for each key: valid keys to the front, in order; padding to column k_len, cut off below.
     place = torch.where(keys, keys.cumsum(-1) - 1, k_len)
     return rest[:, None].repeat(1, k_len + 1).scatter_(-1, place, every)[:, :k_len]
 
 
 def _each(lens: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    """One length for each sample, also where one row of the mask serves all."""
+    """One length per sample, also if one row of the mask serves all samples."""
     return lens if len(lens) == batch else lens * batch
 
 
 def _cu_seqlens(valid: Tensor) -> Tensor:
-    """Counted where `valid` (B, S) lies: to send what the host knows, it would have to wait."""
+    """int32 (B + 1,) `cu_seqlens` of `valid` (B, S).
+
+    Computed on the mask's device: copying host counts there would synchronise.
+    """
     return F.pad(valid.sum(-1).cumsum(0), (1, 0)).int()
 
 
 def _indices(valid: Tensor, total: int) -> Tensor:
-    """Positions of True in `valid` as (B * S); the total is known, so nothing is read back."""
+    """Positions in B * S of True in `valid`. `total` is known, so nothing is read from the device."""
     return torch.nonzero_static(valid.flatten(), size=total).flatten()
