@@ -9,18 +9,12 @@ import types
 from typing import Any
 
 import torch
-from torch.torch_version import TorchVersion
 
 from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.kernels import KernelChoice
 from diffusers_fa3.layers.frame import Frame
 from diffusers_fa3.layers.rebind import Helpers, bases_on_ours
 from diffusers_fa3.layers.record import Fallback, LayerRecord, Settings
-
-READY_MADE_SIGNATURES = TorchVersion(torch.__version__) < "2.14" and sys.version_info >= (3, 11)
-"""Whether wrapped processors carry a signature object. diffusers reads the signature of a layer's
-processor in every call; a ready-made one saves 8 us. Dynamo cannot trace it on torch 2.14 and
-newer, nor on Python 3.10 with torch 2.9."""
 
 
 class FA3AttnProcessor:
@@ -132,16 +126,25 @@ def _request(settings: Settings) -> FA3AttnProcessor:
     return FA3AttnProcessor(**settings.options())
 
 
+def _ready_made_signature(call: Any) -> inspect.Signature:
+    """The signature of a processor's `__call__`, which diffusers' layers read in every call.
+
+    Reading it anew would take 8 us. Its parameters are a plain dict: Dynamo cannot trace a mapping
+    proxy that was there before the graph.
+    """
+    signature = inspect.signature(call)
+    setattr(signature, "_parameters", dict(signature.parameters))  # noqa: B010  # mypy knows no slot
+    return signature
+
+
 def _class_of(processor: FA3AttnProcessor, own: type) -> type:
     """`__class__` of a wrapped processor: the class of the layer's own processor.
 
     Dynamo of torch 2.13 looks for methods in the MRO of `__class__`. It is given the wrapped class,
     so that it finds the methods that are bound anew.
     """
-    asking = sys._getframe(1)
-    is_dynamo = asking.f_code.co_name == "lookup_class_mro_attr"
-    # Layers ask for the signature of `__call__`: Dynamo can trace that of the processor's class.
-    return type(processor) if is_dynamo and asking.f_locals["name"] != "__call__" else own
+    is_dynamo = sys._getframe(1).f_code.co_name == "lookup_class_mro_attr"
+    return type(processor) if is_dynamo else own
 
 
 @functools.cache
@@ -155,8 +158,7 @@ def _wrapped_class(cls: type) -> type:
         with Frame(self._fa3, args, kwargs):
             return own_call(self, *args, **kwargs)
 
-    if READY_MADE_SIGNATURES:
-        vars(__call__)["__signature__"] = inspect.signature(cls.__call__)
+    vars(__call__)["__signature__"] = _ready_made_signature(cls.__call__)
     # Dynamo guards the number of defaults, which None does not have.
     setattr(__call__, "__defaults__", ())  # noqa: B010  # for mypy, it is no function
     wrapped = type(cls)(
