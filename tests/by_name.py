@@ -1,4 +1,4 @@
-"""A kernel's forward, called with what its records hold as keywords."""
+"""Call a kernel's forward with the fields of `Options` and `Lengths` as keywords."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers_fa3.options import DENSE, Lengths, Options
 
 
 def by_name(forward: Callable[..., Result]) -> Callable[..., Result]:
-    """`forward` with `Options` and `Lengths` spelled out, and whatever else it takes."""
+    """`forward`, taking the fields of `Options` and `Lengths` as keywords beside its own."""
 
     def call(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Result:
         options = Options(**{name: given.pop(name) for name in Options._fields if name in given})

@@ -1,4 +1,4 @@
-"""How many random examples are tried, and what a run of the tests prints last."""
+"""The number of random examples, and the support table at the end of a test run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-# A loaded machine is slow at times, which says nothing of the code.
+# No deadline: a loaded machine may be slow, whatever the code does.
 settings.register_profile(
     "ci",
     max_examples=30,
@@ -23,7 +23,7 @@ settings.register_profile(
     settings.get_profile("ci"),
     max_examples=600,
     derandomize=False,
-    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),  # what failed is tried first
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),  # tries failed examples first
     print_blob=True,
 )
 settings.load_profile("ci")
@@ -34,12 +34,12 @@ TABLE = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread to a process: several would wait for each other, and the models are tiny."""
+    """Use one thread per process: more would wait for each other, and the models are tiny."""
     torch.set_num_threads(1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand over the support table, where a test measured it."""
+    """Hand over the support table, if a test measured it."""
     if support.routes_table.cache_info().currsize:
         output = getattr(session.config, "workeroutput", None)
         session.config.stash[TABLE] = support.routes_table()

@@ -8,7 +8,7 @@ from zoo.case import Case, Layout, cast
 
 
 def gradients(case: Case, layout: Layout, model: nn.Module) -> torch.Tensor:
-    """Return those of all weights, in one row, from a loss that every output counts in."""
+    """Return the gradients of all weights, flat, of a loss that depends on every output."""
     weight = next(model.parameters())
     inputs = cast(case.inputs(layout, 0.0), weight.dtype, weight.device)
     output = case.pick(model(**inputs, return_dict=False))

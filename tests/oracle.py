@@ -38,11 +38,12 @@ def oracle(
 
 
 def close(got: Tensor, want: Tensor, rounding: Tensor | None = None, logits: float = 1.0) -> None:
-    """Equal up to the rounding of got's dtype, of values of about 1.
+    """Assert equality up to the rounding of got's dtype, for values of about 1.
 
     Args:
-        rounding: of whose dtype instead.
-        logits: the largest. A logit is off by eps times itself, the weights of its keys likewise.
+        rounding: a tensor whose dtype sets the rounding instead.
+        logits: the largest logit. Its absolute error, eps times itself, is the relative error of
+            its key's weight.
     """
     eps = torch.finfo(got.dtype).eps if rounding is None else torch.finfo(rounding.dtype).eps
     allowed = 8 * eps * max(logits, 1.0)

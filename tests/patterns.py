@@ -1,4 +1,4 @@
-"""Masks that depend on the query and yet can be packed: those that diffusers' models pass."""
+"""Masks that depend on the query and can still be packed, as diffusers' models pass them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def segments(of: Tensor) -> Tensor:
 
 
 def refiner() -> Tensor:
-    """outer(valid, valid), and the first key seen by all: HunyuanVideo's token refiner."""
+    """outer(valid, valid), with the first key seen by all queries: HunyuanVideo's token refiner."""
     valid = torch.arange(S)[None] < torch.tensor([[20], [9]])
     mask = valid[:, None, :, None] & valid[:, None, None, :]
     mask[..., 0] = True
@@ -35,7 +35,7 @@ def padded_causal() -> Tensor:
 
 
 def text_and_image() -> Tensor:
-    """[pads, causal text, image that sees all of it], as OmniGen has it."""
+    """[pads, causal text, image that sees text and image], as in OmniGen."""
     mask = torch.zeros(B, 1, S, S, dtype=torch.bool)
     for sample, (pads, text) in zip(mask[:, 0], [(5, 8), (0, 11)]):
         image = pads + text
@@ -61,7 +61,7 @@ PATTERNS: dict[str, tuple[Callable[[], Tensor], Meaning | int]] = {
     "padded causal": (padded_causal, 3),
     "causal text and image": (text_and_image, 5),
 }
-"""A (Sq, Sk) or (B, 1, Sq, Sk) mask, and what it means, or in how many groups of queries."""
+"""A (Sq, Sk) or (B, 1, Sq, Sk) mask, and its meaning or its number of groups of queries."""
 
 
 def rebuilt(meaning: Meaning, sizes: tuple[int, int, int, int]) -> Tensor:

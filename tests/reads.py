@@ -1,8 +1,8 @@
-"""What would make the host wait for a GPU, counted on a CPU.
+"""Count, on a CPU, the reads that would make the host wait for a GPU.
 
-Two memories are played. The device is `cpu:0`: models, their inputs, and what follows from them.
-The host is `cpu`: what is made without a device, what was copied from the device, and what follows
-from these alone. What is read of the host is free.
+Two memories are simulated. The device `cpu:0` has models, their inputs, and all tensors computed
+from these. The host `cpu` has tensors made without a device, tensors copied from the device, and
+all tensors computed from host tensors alone. Reads of host tensors are not counted.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
 
 MOVES = (torch.Tensor.cpu, torch.Tensor.to)
 COPIES = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.tensor)
-"""On a CPU nothing is dispatched for these."""
+"""On a CPU, torch dispatches nothing for these functions, so the calls themselves are counted."""
 WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-"""What operations have whose result is a value for Python, or of a size that values decide."""
+"""Tags of operations that return a Python value, or a tensor whose size depends on values."""
 INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 UNSEEN = ("from_numpy", "frombuffer")
-"""What makes tensors and is called past every mode."""
+"""Functions that make tensors and bypass every mode."""
 
 
 class HostReads(TorchFunctionMode):
-    """Counts reads of the device; `places` says of each what it was, and where."""
+    """Counts reads of the device; `places` has the operation and source line of each."""
 
     leaves_attention_alone = True
 
     def __init__(self) -> None:
         self.places: list[str] = []
         self.on_device = False
-        """Whether what runs just now works on tensors of the device."""
+        """Whether the function that is running has arguments on the device."""
         self._dispatched = _Dispatched(self)
         self._makers = mock.patch.multiple(torch, **{n: _maker(getattr(torch, n)) for n in UNSEEN})
 
@@ -85,7 +85,7 @@ class HostReads(TorchFunctionMode):
 
 
 class _Dispatched(TorchDispatchMode):
-    """What torch does by itself on the way of a function."""
+    """Counts reads by the operations that a torch function dispatches."""
 
     supports_higher_order_operators = True
 
@@ -153,7 +153,7 @@ def reference(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> torch.Tensor:
-    """The reference, which looks at lengths on the host, where a kernel on a GPU does not."""
+    """The reference, not counted: it reads lengths on the host, which a GPU kernel does not."""
     with torch._C.DisableTorchFunction():
         return flash_attn_varlen_func(
             *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),

@@ -1,4 +1,4 @@
-"""What a release of diffusers lacks that the newest one has, and tests that therefore skip it."""
+"""Skip tests on diffusers releases that lack what the tests need."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import pytest
 from packaging.version import Version
 
 QWENIMAGE_MASKS = ("0.37", "keeps Qwen-Image's mask from attention")
-"""The release from which on its blocks mask padded text, and what those before do instead."""
+"""The first release whose Qwen-Image blocks mask padded text, and what older releases do."""
 
 
 def has(release: str) -> bool:
-    """Whether the installed diffusers is as new as that."""
+    """Whether the installed diffusers is at least this release."""
     return Version(diffusers.__version__) >= Version(release)
 
 
 def needs(release: str, otherwise: str) -> None:
-    """Skip the test, or all that need the fixture, on an older diffusers: it does `otherwise`."""
-    __tracebackhide__ = True  # the test is what is skipped, not this line
-    if not has(release):  # there is nothing to be tested; newer releases run it, in CI too
+    """Skip the test, or all that need the fixture, on older releases, which do `otherwise`."""
+    __tracebackhide__ = True  # report the skip at the test, not here
+    if not has(release):  # an older release has nothing to test; CI also runs newer ones
         pytest.skip(f"diffusers {diffusers.__version__} {otherwise}")

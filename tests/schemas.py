@@ -1,7 +1,7 @@
-"""The schemas of the real FlashAttention-3 ops, registered with a CPU implementation that records.
+"""The schemas of the real FlashAttention-3 ops, with a CPU implementation that records its calls.
 
-The implementation attends by the reference, so that results can be compared; what matters is which
-value came in which argument.
+The recording shows which value came in which argument. The implementation calls the reference, so
+that results can be compared too.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _libraries = []
 
 
 def register(name: str, schema: str) -> RecordingOp:
-    """`torch.ops.fa3_test_<name>.fwd` with this schema."""
+    """Register `torch.ops.fa3_test_<name>.fwd` with this schema."""
     namespace = f"fa3_test_{name}"
     library = torch.library.Library(namespace, "DEF")
     library.define("fwd" + schema)

@@ -1,4 +1,4 @@
-"""What the tests of a switched model's life and company share."""
+"""Helpers for tests that switch models of the zoo."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from diffusers_fa3 import FA3AttnProcessor, coverage
 
 
 class ByName(dict[str, Case]):
-    """Cases by name. A test that asks for one that the installed diffusers lacks is skipped."""
+    """Cases by name. Asking for a case that the installed diffusers lacks skips the test."""
 
     def __missing__(self, name: str) -> Case:
         __tracebackhide__ = True
-        # There is no such model to be tested; newer releases have it, in CI too.
+        # The installed diffusers lacks the model; CI also runs newer releases, which have it.
         pytest.skip(f"{name}: {MISSING[name]}")
 
 
@@ -32,12 +32,12 @@ Treatment = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model that was treated in some way gives on its default attention.
+    """The results of a treated model on its default attention.
 
     Attributes:
-        output: in the precision under test.
-        exact: in float64.
-        calls: its attention calls in one forward.
+        output: the output in the precision under test.
+        exact: the output in float64.
+        calls: the number of attention calls in one forward.
     """
 
     output: torch.Tensor
@@ -45,19 +45,19 @@ class Expected:
     calls: int
 
     def differs_from(self, other: Expected) -> bool:
-        """Whether the treatment shows, beyond doubt, in the output."""
+        """Whether the outputs differ by far more than rounding."""
         return error(self.exact, other.exact) > 10 * budget(self.output, self.exact)
 
 
 def run(case: Case, model: nn.Module, layout: Layout) -> torch.Tensor:
-    """One forward; its inputs are on the CPU, wherever the weights rest meanwhile."""
+    """One forward. Its inputs are on the CPU, even if the weights are offloaded elsewhere."""
     with torch.no_grad():
         inputs = cast(case.inputs(layout, 0.0), model.dtype)
         return case.pick(model(**inputs, return_dict=False))
 
 
 def expect(case: Case, layout: Layout, treat: Treatment = lambda model: model) -> Expected:
-    """What the default attention gives after the treatment."""
+    """The results of the treated model on its default attention."""
     output = run(case, treat(case.build()), layout)
     with watched() as log:
         run(case, treat(case.build()), layout)
@@ -66,7 +66,7 @@ def expect(case: Case, layout: Layout, treat: Treatment = lambda model: model) -
 
 
 def assert_on_the_kernel(case: Case, model: nn.Module, layout: Layout, expected: Expected) -> None:
-    """One forward more: right, with every attention call of it on the kernel, and counted."""
+    """One more forward: its output is right, and every call is on the kernel and counted."""
     before = coverage(model)
     assert_within_budget(run(case, model, layout), expected.output, expected.exact)
     after = coverage(model)
@@ -86,7 +86,7 @@ def switched(model: nn.Module) -> set[str]:
 
 
 def assert_same_objects(model: nn.Module, before: dict[str, object]) -> None:
-    """Every layer has the very processor that it had."""
+    """Every layer has the same processor object as before."""
     after = processors(model)
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)

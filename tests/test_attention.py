@@ -144,7 +144,7 @@ def test_what_lies_at_padded_keys_never_matters(padding: str, garbage: float) ->
 
 
 def weighing_padding_by_0(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale):
-    """As FlashAttention-3 does with what lies in a sample's last tile, here of 16 keys, in fp32."""
+    """Weighs values of padding in a last tile of 16 keys by 0, as FlashAttention-3 does; fp32."""
     out = torch.zeros(*q.shape[:2], v.shape[2])
     samples = zip(*(ends.tolist() for ends in (cu_seqlens_q, cu_seqlens_k)), strict=True)
     begins_q, begins_k = next(samples)
@@ -204,7 +204,7 @@ def test_any_key_padding_is_exact(
 ) -> None:
     keys = torch.tensor(bits).view(B, SK)
     if additive == -1e4:
-        keys[:, 0] = True  # a row of -1e4 throughout is averaged, by the default attention
+        keys[:, 0] = True  # the default attention averages over a row of -1e4 only
     mask = keys if len(spread) == 2 else keys[:, None, None].expand(spread)
     if additive is not None:
         mask = torch.zeros(mask.shape).masked_fill(~mask, additive)

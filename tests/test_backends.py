@@ -1,4 +1,4 @@
-"""Where a backend of diffusers is set, for a model, a layer or the process, around a switch."""
+"""A diffusers backend is set, for a model, a layer or the process, before or after a switch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BACKENDS = ("native", "_native_math")
 
 @pytest.fixture
 def process_backend() -> Iterator[None]:
-    """Diffusers' methods for one model set the backend of the process, too."""
+    """Restore the backend of the process, which diffusers' methods for one model set too."""
     active = _AttentionBackendRegistry._active_backend
     yield
     _AttentionBackendRegistry._active_backend = active
@@ -46,7 +46,7 @@ def registered(process_backend: None) -> Iterator[None]:
 
 
 def assert_served_by_the_backend(case: Case, model: nn.Module, backend: str) -> None:
-    """All calls of one forward are the backend's, and counted as such."""
+    """The backend serves all calls of one forward, and each is counted as a fallback."""
     before = coverage(model)
     expected = expect(case, LAYOUT)
     assert_within_budget(run(case, model, LAYOUT), expected.output, expected.exact)
@@ -96,7 +96,7 @@ def test_a_backend_set_for_one_layer_is_used_in_that_layer() -> None:
 
 @pytest.mark.usefixtures("process_backend")
 def test_layers_that_take_no_backend_stay_on_the_kernel() -> None:
-    """diffusers' method does nothing to them, switched or not."""
+    """`set_attention_backend` does nothing to such layers, switched or not."""
     case = BY_NAME["unet_sd15"]
     model = case.build()
     enable_fa3(model, kernel="reference", fallback="error")
@@ -132,7 +132,7 @@ def test_once_registered_fa3_takes_the_place_of_another_backend(name: str) -> No
 
 @pytest.mark.parametrize("name", ["flux", "unet_sd15"])
 def test_the_backend_of_the_process_is_not_that_of_switched_layers(name: str) -> None:
-    """They have one of their own, which in diffusers goes before that of the process."""
+    """A switched layer acts as if it had a backend of its own, which diffusers prefers."""
     case = BY_NAME[name]
     expected = expect(case, LAYOUT)
     model = case.build()
@@ -147,7 +147,7 @@ def test_the_backend_of_the_process_is_not_that_of_switched_layers(name: str) ->
 def test_what_no_kernel_takes_goes_to_the_backend_of_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is the default attention of layers that ask the dispatcher."""
+    """The backend of the process is the default attention of layers that call the dispatcher."""
     case = BY_NAME["flux"]
     model = case.build()
     inputs = case.inputs("none", 0.0)

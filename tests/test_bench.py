@@ -1,4 +1,4 @@
-"""The benchmark measures every method on every call, and judges their results. No times."""
+"""The benchmark measures every method on every call, and checks results. Times are not tested."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MASKED = {case.name for case in CASES if case.shares[-1] is not None}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where one small run of all cases has put what it writes."""
+    """The folder with the output of one small run of all cases."""
     needs("0.37", "expects two results of FlashAttention-3, which gives one")
     folder = tmp_path_factory.mktemp("bench")
     files = ("--json", str(folder / "all.json"), "--plot", str(folder / "all.png"))
@@ -109,7 +109,7 @@ def test_slicing_is_wrong_where_padding_lies_between_valid_keys(report: dict[str
 
 def test_gathering_is_right_where_queries_see_alike(report: dict[str, Any]) -> None:
     for row, timing in timings(report, "_flash_3_varlen_hub"):
-        assert timing["wrong"] == (row["case"] in PATTERNS)  # reduced with `any`
+        assert timing["wrong"] == (row["case"] in PATTERNS)  # it reduces the mask with `any`
 
 
 def test_the_dense_method_refuses_masks_only(report: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "benchmark_models.py"
 IDS = [model.name for model in MODELS]
 MEASURED = [m for m in MODELS if m.name != "qwenimage" or has(QWENIMAGE_MASKS[0])]
-"""Before that release, Qwen-Image also wants the lengths that its mask could have said."""
+"""In older releases, Qwen-Image also requires the lengths that its mask already says."""
 FULL = {
     "flux": 11.9e9,
     "qwenimage": 20.4e9,
@@ -89,7 +89,7 @@ def test_a_mask_is_read_once_in_a_forward(rows: Rows) -> None:
     for row in rows.values():
         waits = {name: row[name]["host_waits"] for name in ("default", "ours")}
         assert waits["ours"] - waits["default"] == row["plans_made"]
-        if row["model"] != "hunyuanvideo15":  # it reads masks itself, and its refiner has another
+        if row["model"] != "hunyuanvideo15":  # it reads masks itself; its refiner has its own
             assert waits["default"] == 0
             assert row["plans_made"] == int(row["share"] is not None)
 

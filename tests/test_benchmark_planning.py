@@ -1,4 +1,4 @@
-"""The benchmark of planning reads every mask as what its name says. No times."""
+"""In the benchmark of planning, each mask means what its name says. Times are not tested."""
 
 from __future__ import annotations
 

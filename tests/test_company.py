@@ -1,4 +1,4 @@
-"""Switched models in company: of other models, in other threads too, and of caches."""
+"""Switched models beside other models, in several threads, and with diffusers' caches."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ HEAD = {"attention_head_dim": 16, "num_attention_heads": 1, "axes_dims_rope": (4
 
 
 def doubled(q: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-    """Another kernel, and plainly so."""
+    """A kernel whose results clearly differ from the reference's."""
     return 2 * flash_attn_varlen_func(q, *args, **options, kernel="reference")
 
 
 def test_two_pipelines_in_two_threads_keep_to_themselves() -> None:
-    """Each has a kernel of its own and masks of its own, of which every forward makes new ones."""
+    """Each pipeline has its own kernel and its own masks, which every forward makes anew."""
     case = BY_NAME["qwenimage"]
     small = replace(case, config={**case.config, **HEAD})
     plans: list[tuple[object, tuple[Layout, ...]]] = [
@@ -119,13 +119,13 @@ SINCE = {"mag": "0.37", "taylor_seer": "0.37", "sea": "0.41"}
 
 
 def denoised(case: Case, model: nn.Module, layout: Layout) -> torch.Tensor:
-    """What a model gives in a loop over the time steps, the same mask in each."""
+    """A model's outputs in a loop over the time steps, with the same mask in each."""
     inputs = cast(case.inputs(layout, 0.0), model.dtype)
     outputs = []
     for index, Moment.now in enumerate(TIMES):
         noisy = inputs["hidden_states"] * Moment.now / 1000
         where = {"step_index": index, "sigma": Moment.now / 1000, "num_inference_steps": len(TIMES)}
-        where = where if has(SINCE["sea"]) else {}  # no other cache asks for it
+        where = where if has(SINCE["sea"]) else {}  # only the SEA cache needs them
         with torch.no_grad(), model.cache_context("cond", **where):
             output = model(**{**inputs, "hidden_states": noisy}, return_dict=False)
             outputs.append(case.pick(output))

@@ -64,7 +64,7 @@ def test_a_mask_that_would_have_to_be_read_is_compiled_as_the_default_attention(
     assert sum(row.fallbacks.values()) == 2
 
 
-# diffusers 0.36 about itself, in torch 2.9
+# diffusers 0.36 causes this warning itself, in torch 2.9
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_gradients_go_to_the_default_attention_with_that_reason() -> None:
     case = BY_NAME["flux"]
@@ -81,7 +81,7 @@ def test_gradients_go_to_the_default_attention_with_that_reason() -> None:
 
 
 class Masked(nn.Module):
-    """The call as a module, which is what can be exported."""
+    """The call as a module, since only modules can be exported."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return attention(q, k, v, mask, kernel="reference")
@@ -118,7 +118,7 @@ def test_the_static_route_reads_nothing_and_serves_every_mask(strict: bool, any_
 
 
 class Planned(nn.Module):
-    """The same with a plan of route seqused, which is no input of the graph."""
+    """The same call with a plan of route seqused, which is a constant of the graph."""
 
     plan = plan_packing(key_mask("ragged"), batch=BATCH, q_len=TEXT, k_len=TEXT)
 
@@ -149,7 +149,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "packed-causal": {**PACKED, "causal": True},
     "packed-window": {**PACKED, "window": (3, 1)},
 }
-"""What else than q, k and v the op is called with; `ends` are those of the samples."""
+"""The op's arguments besides q, k and v; `ends` is the `cu_seqlens` of queries and of keys."""
 
 
 @pytest.mark.parametrize("return_lse", [False, True])

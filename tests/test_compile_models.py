@@ -38,7 +38,7 @@ SMALL_UNET = {
     "mid_block_type": None,
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
-"""With a third of the code to generate."""
+"""A UNet with a third of the code to generate."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,9 @@ def fresh() -> None:
 
 
 class Graphs(CompileCounterWithBackend):
-    """A backend that counts its graphs, none of which may read a tensor while it runs.
+    """A backend that counts its graphs, and asserts that none reads a tensor while it runs.
 
-    `fullgraph` alone lets sizes pass that depend on what a tensor contains.
+    `fullgraph` alone would allow sizes that depend on a tensor's values.
     """
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -65,7 +65,7 @@ def of(name: str, **config: Any) -> Case:
 
 
 def at(case: Case, share: float) -> Case:
-    """The case in another step, where that share of its time is left."""
+    """The case in another step: its timestep is multiplied by `share`."""
 
     def inputs(layout: Layout, pads: float) -> Inputs:
         given = case.inputs(layout, pads)
@@ -75,7 +75,7 @@ def at(case: Case, share: float) -> Case:
 
 
 def sized(case: Case, height: int, width: int, mark: Callable[[Tensor, int], None]) -> Case:
-    """The case with an image of another size, `mark` being told the axes that vary with it."""
+    """The case with an image of another size; `mark` is called on each axis that varies with it."""
 
     def inputs(layout: Layout, pads: float) -> Inputs:
         given = case.inputs(layout, pads)
@@ -152,7 +152,7 @@ def test_layers_compiled_one_by_one_share_one_compilation(name: str) -> None:
 
 
 @pytest.mark.slow
-# Generating code takes long; in this process, and without vectors, it is a third less so.
+# Generating code takes long; in this process and without vectors, it takes a third less.
 @inductor.patch({"compile_threads": 1, "cpp.simdlen": 1})
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
@@ -173,7 +173,7 @@ def test_inductor_generates_a_whole_model_once(
 
 
 def compilations(case: Case, layout: Layout, mark: Callable[[Tensor, int], None]) -> list[int]:
-    """How many there have been after each of four sizes, whose outputs are right."""
+    """The number of compilations after each of four sizes; each output is checked."""
     graphs, counts = Graphs("aot_eager"), []
     compiled = torch.compile(switched(case), backend=graphs, fullgraph=True)
     for height, width in ((4, 6), (6, 10), (14, 8), (8, 18)):
@@ -198,7 +198,7 @@ def test_sizes_marked_as_dynamic_share_one_compilation(
     assert compilations(of(name, **config), layout, marked) == [1, 1, 1, 1]
 
 
-# diffusers 0.36 about itself, in torch 2.9
+# diffusers 0.36 causes this warning itself, in torch 2.9
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_a_processor_with_all_sizes_dynamic_is_traced_no_more_often_than_by_default() -> None:
     traced = []

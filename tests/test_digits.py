@@ -105,7 +105,7 @@ def test_without_the_mask_the_padded_pictures_change(pipe: DiffusionPipeline) ->
     hook.remove()
     changed = np.abs(wrong - right).max(axis=(1, 2, 3))
     assert changed[0] > 0.05
-    assert changed[1] < 1e-5  # the longest: nothing of it is padded
+    assert changed[1] < 1e-5  # the longest prompt has no padding
 
 
 def test_a_prompt_in_a_batch_gives_what_it_gives_alone(pipe: DiffusionPipeline) -> None:

@@ -1,4 +1,4 @@
-"""Switching is for one model, all of it or nothing, and leaves no trace when it is undone."""
+"""Switching affects one model, all of it or nothing, and leaves no trace when it is undone."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_another_model_and_the_process_are_untouched() -> None:
 
 
 def test_two_models_in_two_threads_do_not_mix() -> None:
-    """One takes the kernel, the other refuses every call: neither sees the other's settings."""
+    """One model's kernel serves, the other's raises: neither sees the other's settings."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError("the other model's kernel")

@@ -1,4 +1,4 @@
-"""The example programs do what they say, run as programs."""
+"""The example programs, run as programs, do what they say."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_an_unknown_kernel_is_refused_in_words(command: tuple[str, ...]) -> None
     done = run(*command, "--kernel", "no_such_kernel")
     assert done.returncode == 2
     assert "no_such_kernel" in done.stderr
-    assert "reference" in done.stderr  # what there is instead
+    assert "reference" in done.stderr  # a kernel that there is
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""What a processor was given is sorted: masks, what masks may be made of, and what may hide one."""
+"""A processor's arguments are sorted: masks, what masks may be made of, what may hide a mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLOATS = torch.zeros(2, 5)
 
 
 class Cache:
-    """A stand-in for a cache of diffusers, by its module."""
+    """A stand-in for a diffusers cache; its `__module__` says that it is from diffusers."""
 
     def __init__(self, **held: object) -> None:
         self.__dict__.update(held)

@@ -1,4 +1,4 @@
-"""What takes the place of attention for a while, as guidance does, does so in switched layers."""
+"""Guidance that replaces attention for a while also replaces it in switched layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from diffusers_fa3 import FallbackWarning, coverage, enable_fa3
 
 
 def without_attention_in_a_block(model: nn.Module) -> nn.Module:
-    """Perturbed-attention guidance: there, attention returns v."""
+    """Perturbed-attention guidance in one block: attention returns v there."""
     unet = hasattr(model, "down_blocks")
     blocks = "down_blocks.0.attentions.0.transformer_blocks" if unet else "transformer_blocks"
     skip = {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False}
@@ -50,7 +50,7 @@ def test_attention_that_guidance_skips_is_skipped(name: str, layout: Layout) -> 
 
 
 def test_a_pipeline_that_lends_layers_other_processors_gives_the_switched_ones_back() -> None:
-    """Those for perturbed attention, in one layer, for as long as it denoises."""
+    """The pipeline lends one layer a processor for perturbed attention while it denoises."""
 
     def guided() -> StableDiffusionPAGPipeline:
         names = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
@@ -84,7 +84,7 @@ def test_a_pipeline_that_lends_layers_other_processors_gives_the_switched_ones_b
 
 
 class Silenced(TorchFunctionMode):
-    """Has PyTorch's attention give nothing."""
+    """Makes PyTorch's attention return 0."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

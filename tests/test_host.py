@@ -1,4 +1,4 @@
-"""The inner parts of diffusers that are used: each is there, and a missing one is told by name."""
+"""Every diffusers internal that is used exists, and the error for a missing one names it."""
 
 from __future__ import annotations
 

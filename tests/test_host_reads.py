@@ -26,8 +26,9 @@ from diffusers_fa3.masks.plan_cache import PlanCache
 BY_NAME = {case.name: case for case in CASES}
 
 LEAST_BY_ROW, MOST_BY_ROW = 3, 4
-"""Reads of a mask that depends on the query: what is read of any mask; where rows change; whether
-it is a band, or a row of each group; and which groups are causal, where some look like it."""
+"""Reads of a mask that depends on the query: the facts that are read of any mask; the rows that
+change; whether the mask is a band, or a row of each group; and, if groups look causal, whether they
+are."""
 
 HANDED_ON = (
     *("bria_fibo", "bria_fibo_outer_mask", "chroma", "cogview4_mask", "cogview4_training"),
@@ -36,13 +37,13 @@ HANDED_ON = (
     *("longcat_audio_dit", "ovis_image", "prx", "qwenimage", "qwenimage_controlnet"),
     *("rfd4_proteina", "stable_audio"),
 )
-"""Models whose layers are given the mask that the model was given. The others make one of their own
-of it in every forward."""
+"""Models that pass the caller's mask on to their layers. The other models build a new mask from it
+in every forward."""
 
 EQUAL_MASKS = ("longcat_audio_dit",)
 """Models that are given two masks of the same content."""
 
-# flex_attention is compiled where it is called, which no mode survives.
+# flex_attention compiles itself when it is called, and modes do not work in compiled code.
 ON_A_KERNEL = [run for run in RUNS if "flex_attention" not in run[0].unreached]
 
 
@@ -71,14 +72,14 @@ def forward(case: Case, model: nn.Module, inputs: dict[str, Any]) -> torch.Tenso
 
 
 def reads_of(function: Callable[..., object], *args: Any, **kwargs: Any) -> list[str]:
-    """What was read during a call, and where."""
+    """The reads during a call, each with its place."""
     with HostReads() as reads:
         function(*args, **kwargs)
     return reads.places
 
 
 def assert_read_once(own: int, places: list[str], made: int, by_row: int) -> None:
-    """Assert that each plan cost one read, or a few, besides those that diffusers makes itself."""
+    """Assert that each plan cost one read, or a few by row, besides the reads of diffusers."""
     reads = len(places) - own - (made - by_row)
     assert LEAST_BY_ROW * by_row <= reads <= MOST_BY_ROW * by_row, places
 
@@ -236,7 +237,7 @@ def test_calls_of_one_processor_with_different_masks_have_a_plan_each(name: str)
     case = replace(case, config={**case.config, "num_layers": 5})
     switched = Switched(case)
     inputs = case.inputs("ragged", 0.0)
-    # Text, an image within it, text, the target image: over more keys each time.
+    # Calls of a layer: text, an image within the text, text, the target image; each has more keys.
     assert switched.forward(inputs)[1:] == (4, 16)
     mask_in(inputs)[..., 1] = False
     assert switched.forward(inputs)[1:] == (4, 16)

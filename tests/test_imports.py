@@ -50,8 +50,8 @@ ROOMS = {
     ),
     BOTTOM: ("errors", "options"),
 }
-"""The map of the house. A room imports from the rooms below it, a file from the files below it in
-its room. masks and kernels do not know each other."""
+"""The map of the package. A room imports from the rooms below it, and a file from the files below
+it in its room. `masks` and `kernels` do not import each other."""
 
 ORDER = tuple(ROOMS)
 KNOW_DIFFUSERS = ("tools", "layers")
@@ -115,7 +115,7 @@ def test_a_file_imports_only_from_below_it(room: str, name: str, path: Path) -> 
 
 
 def test_the_map_has_no_room_for_what_nobody_needs() -> None:
-    """A room hands on what other rooms use, and nothing else; the public names count as use."""
+    """A room's `__init__` exports exactly what other rooms or the public names use."""
     uses = set().union(*(imported(path) for _, _, path in FILES))
     uses |= imported(PACKAGE / "__init__.py")
     for room, init in INITS:

@@ -1,4 +1,4 @@
-"""A switched model goes through what models go through, and stays right, switched and counted."""
+"""A switched model that is moved, copied, saved or trained stays right, switched and counted."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ CPU = torch.device("cpu")
 every_model = pytest.mark.parametrize(
     ("name", "layout"), [("flux", "ragged"), ("unet_sd15", "gap")], ids=["flux", "unet"]
 )
-"""One whose processors ask diffusers' dispatcher, and one whose processors call PyTorch."""
+"""One model's processors call diffusers' dispatcher, the other's call PyTorch's attention."""
 
 
 # --- what may be done to a model -----------------------------------------------------------------
 
 
 class Int8Linear(nn.Module):
-    """As quantisation libraries do it: weights of 8 bits, brought back where they are used."""
+    """A linear layer that stores 8-bit weights and dequantises them in each forward."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def test_a_switched_model_takes_another_dtype(
 
 @every_model
 def test_shapes_are_found_on_the_meta_device(name: str, layout: Layout) -> None:
-    """What a mask says cannot be read there: PyTorch's attention serves."""
+    """A mask on the meta device has no content to read, so PyTorch's attention serves."""
     case = BY_NAME[name]
     model = case.build()
     enable_fa3(model, kernel="reference", fallback="silent")
@@ -240,7 +240,7 @@ def test_a_switched_model_is_saved_as_any_other(
     model.save_pretrained(tmp_path / "switched")
     assert_same_files(tmp_path / "plain", tmp_path / "switched")
     if name == "unet_ip_adapter":
-        return  # which diffusers itself cannot load from files of a model
+        return  # diffusers itself cannot load this model from its files
 
     loaded = case.model.from_pretrained(tmp_path / "switched", **options).eval()
     assert switched(loaded) == set()
@@ -308,4 +308,4 @@ def test_gradients_are_those_of_the_default(name: str, layout: Layout, checkpoin
         default = gradients(BY_NAME[name], layout, trained())
     exact = gradients(BY_NAME[name], layout, trained(torch.float64))
     assert_within_budget(gradients(BY_NAME[name], layout, model), default, exact)
-    assert coverage(model).calls == len(log.calls)  # those of the second forward included
+    assert coverage(model).calls == len(log.calls)  # with the second forward of checkpointing

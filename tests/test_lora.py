@@ -67,7 +67,7 @@ every_pipeline = pytest.mark.parametrize("name", PIPELINES)
 
 
 def treated(name: str, *acts: Act) -> Treatment:
-    """What these acts on its pipeline make of a model."""
+    """The treatment of a model by these acts on its pipeline."""
 
     def treat(model: nn.Module) -> nn.Module:
         pipe = PIPELINES[name](model)
@@ -82,7 +82,7 @@ def treated(name: str, *acts: Act) -> Treatment:
 
 
 def load_lora(pipe: DiffusionPipeline) -> None:
-    """Weights as in a file of a LoRA of the attention's projections."""
+    """Load a LoRA of the attention's projections, with weights as in a file."""
     component = "unet" if hasattr(pipe, "unet") else "transformer"
     model = getattr(pipe, component)
     donor = type(model)(**model.config)
@@ -148,7 +148,7 @@ def test_a_model_with_a_lora_is_switched_as_any_other(name: str) -> None:
 
 
 def ip_adapter_weights(name: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights as in a file of an IP-Adapter, out of a model of the zoo that has one."""
+    """Weights as in an IP-Adapter's file, taken from a model of the zoo that has an adapter."""
     donor = with_adapter(name).build()
     if name == "sd3":
         projection = donor.image_proj.state_dict()
@@ -187,12 +187,12 @@ def no_ip_adapter(pipe: DiffusionPipeline) -> None:
 
 
 def with_adapter(name: str) -> Case:
-    """The model of the zoo that has an IP-Adapter."""
+    """The case of the same model with an IP-Adapter."""
     return BY_NAME[f"{name.removesuffix('_sd15')}_ip_adapter"]
 
 
 def with_image(name: str) -> Case:
-    """The same with a place for an image among its inputs, but no adapter yet."""
+    """The same case with an image among its inputs, but without the adapter."""
     return replace(with_adapter(name), prepare=None)
 
 
@@ -213,7 +213,7 @@ def test_an_ip_adapter_takes_effect_once_the_model_is_switched_again(name: str) 
     own = processors(model)
     expected = expect(case, layout, treated(name, load_ip_adapter))
     assert torch.equal(run(case, model, layout), expected.output)  # on the default attention
-    # SD3's comes with a resampler, whose layers are new.
+    # SD3's adapter comes with a resampler, whose layers are new.
     assert all(row.replaced != ("image_proj" in row.name) for row in coverage(pipe).rows)
     assert coverage(pipe).calls == 0
     enable_fa3(pipe, kernel="reference", fallback="error")

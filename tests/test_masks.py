@@ -46,7 +46,7 @@ FORMS = {
 
 
 def mask_of(rows: list[list[int]], layout: str, form: str) -> torch.Tensor:
-    """A mask of bools for each key, spread out and written down in another way."""
+    """The mask of these valid keys, in a given layout and form."""
     return LAYOUTS[layout](FORMS[form](torch.tensor(rows, dtype=torch.bool)))
 
 
@@ -157,7 +157,7 @@ def test_an_int_mask_of_other_numbers_is_refused() -> None:
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_a_meaning_is_the_mask(data: st.DataObject) -> None:
-    """Whatever is not called opaque can be built again from what was read."""
+    """A mask that is not opaque can be rebuilt from its meaning."""
     sizes = [data.draw(st.integers(1, 4), label=name) for name in ("B", "H", "Sq", "Sk")]
     shape = [data.draw(st.sampled_from([1, size])) for size in sizes[:3]] + [sizes[3]]
     bits = data.draw(st.lists(st.booleans(), min_size=4, max_size=40))

@@ -12,7 +12,7 @@ from diffusers_fa3.tools.bench.methods import Method, peak_bytes
 
 B, S, H, D = 2, 2048, 4, 64
 SLACK = 100_000
-"""Bytes: indices and lengths, which grow with tokens and not with their heads."""
+"""Bytes for indices and lengths, which grow with tokens but not with heads."""
 
 
 def peak(run: object) -> int:
@@ -25,7 +25,7 @@ def size(*tensors: Tensor) -> int:
 
 
 def valid_tokens() -> Tensor:
-    """(B, S): a gap, which cannot be left out without a copy."""
+    """(B, S) bool with a gap, so that keys must be copied."""
     position = torch.arange(S)
     return (position < torch.tensor([[100], [300]])) | (position >= 512)
 
@@ -74,5 +74,5 @@ def test_a_mask_that_is_laid_out_is_read_in_pieces(dtype: torch.dtype) -> None:
     if dtype != torch.bool:
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
     read = peak(lambda: plan_packing(mask, batch=1, q_len=length, k_len=length))
-    # Of an additive mask, what is seen is laid out as a whole, a byte to each value.
+    # For an additive mask, a bool copy of the whole mask is made: one byte per value.
     assert read < 3 * CPU_BLOCK + (0 if dtype == torch.bool else seen.numel())

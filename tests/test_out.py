@@ -1,4 +1,4 @@
-"""One contract of `out`, whatever the kernel says or does about it."""
+"""One contract of `out`, however a kernel declares and treats it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def qkv():
 
 
 class Watched:
-    """A kernel's body: 2q, into `out` where it gets one; remembers how it was called."""
+    """A kernel's body: returns 2q, in `out` if it gets one, and records its calls."""
 
     def __init__(self) -> None:
         self.calls = []

@@ -1,4 +1,4 @@
-"""Masks in two factors: the same mask to whoever looks at it, and never laid out for a plan."""
+"""Masks in two factors act as the mask laid out, and are never laid out for a plan."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_mask_that_is_edited_is_what_it_was_made(edit: Callable[[Tensor], Tens
     mask, plain = chroma(VALID.as_subclass(SpreadMask)), chroma(VALID)
     q = torch.randn(B, S, 2, 8)
     assert isinstance(mask, OuterMask)
-    for _ in range(2):  # a plan is known by now, which must not be taken for the edited mask's
+    for _ in range(2):  # the plan made first must not be reused for the edited mask
         edit(mask)
         edit(plain)
         assert torch.equal(mask, plain)

@@ -1,4 +1,4 @@
-"""Padded tokens are left out as queries, where it is asked for and where nothing reads them."""
+"""Padded tokens are left out as queries if the user asks for it and nothing reads their rows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_listed_model_has_fewer_queries_for_it(monkeypatch: pytest.MonkeyP
 
 
 def test_layers_that_are_not_listed_keep_their_queries() -> None:
-    """As many image tokens as text tokens: by its lengths, cross attention looks like any other."""
+    """With as many image as text tokens, lengths do not tell cross from self attention."""
     (case,) = (case for case in LISTED if case.name == "hunyuan_video")
     model = switched(case, pack_queries=True)
     packs = {name: record_of(m.processor).pack_queries for name, m in attention_layers(model)}

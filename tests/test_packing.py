@@ -63,7 +63,7 @@ def test_values_of_padding_are_not_given_to_a_kernel_that_reads_them(heads_first
     if heads_first:
         v = v.transpose(1, 2).contiguous().transpose(1, 2)
     _, _, values = plan.pack(rows(SQ), v, v, reads_padding=True)
-    sample = torch.tensor([0, 1, 1])  # the last one has none of its own
+    sample = torch.tensor([0, 1, 1])  # the last sample has no valid key
     taken = torch.tensor([[0, 1, 0], [0, 1, 2], [0, 0, 0]])
     assert values.equal(v[sample[:, None], taken])
 
@@ -215,7 +215,7 @@ def test_static_moves_valid_keys_to_the_front_and_counts_them() -> None:
     assert k[..., 0, 0].tolist() == [
         [0, 4, 5, 0, 0, 0],
         [8, 9, 10, 11, 8, 8],
-        [8, 8, 8, 8, 8, 8],  # it has none of its own
+        [8, 8, 8, 8, 8, 8],  # no valid key of its own
     ]
 
 

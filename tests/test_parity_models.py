@@ -21,7 +21,7 @@ from diffusers_fa3.layers.frame import PLANS
 NO_CALL = "makes no attention call that could be switched"
 VARLEN = ("packed", "seqused", "band")
 EQUAL_MASKS = ("longcat_audio_dit",)
-"""Models that are given two masks of the same content, of which two plans are made."""
+"""Models that are given two masks of the same content, which get a plan each."""
 BY_NAME = {case.name: case for case in CASES}
 
 every_run = pytest.mark.parametrize(("case", "layout"), RUNS, ids=RUN_IDS)
@@ -98,7 +98,7 @@ def test_output_is_that_of_the_default_and_every_call_is_accounted_for(
 
 
 def test_a_bias_is_not_taken_for_that_of_a_layer_where_it_is_zero() -> None:
-    """What RFD4 adds to the logits follows from weights: the layers' masks alone are the same."""
+    """RFD4 adds a bias that depends on each layer's weights; only the layers' masks are equal."""
     if "rfd4_proteina" not in BY_NAME:
         pytest.skip("this diffusers has no RFD4 Proteina")
     case = BY_NAME["rfd4_proteina"]

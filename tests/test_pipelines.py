@@ -77,7 +77,7 @@ def default(case: PipelineCase) -> Default:
 
 @functools.cache
 def exact(case: PipelineCase) -> torch.Tensor:
-    """The same in float64, text encoders and all."""
+    """The pipeline's latents in float64, with its text encoders in float64 too."""
     return case.run(case.build(torch.float64))
 
 
@@ -88,7 +88,7 @@ def enable(pipe: Any, case: PipelineCase, **options: Any) -> None:
 
 
 def assert_right(pipe: Any, case: PipelineCase) -> None:
-    """One call of the pipeline: as close to float64 as the default is."""
+    """The latents of one call are as close to float64 as the default's."""
     allowed = budget(default(case).latents, exact(case))
     assert allowed < 1e-4 * exact(case).abs().max(), "anything would do"
     assert_within_budget(case.run(pipe), default(case).latents, exact(case))
@@ -160,9 +160,9 @@ def test_disabling_brings_the_same_pictures_back(case: PipelineCase) -> None:
 
 @every_case
 def test_a_mask_is_read_at_most_once_in_a_forward(case: PipelineCase) -> None:
-    """However many layers it is passed to, and however often they build it anew."""
+    """The number of layers does not matter, nor how often they rebuild the mask."""
     masks = [{call.content for call in calls if call.mask} for calls in default(case).forwards]
-    masked = case.masked or bool(case.fallback)  # a bias is a mask that was read, too
+    masked = case.masked or bool(case.fallback)  # a bias is read before it is refused
     assert any(masks) == masked
     pipe = case.build()
     enable(pipe, case)
@@ -195,7 +195,7 @@ def components_of_diffusers() -> Iterator[tuple[str, type[ModelMixin]]]:
 
 
 def classes_in(hint: Any) -> Iterator[type]:
-    """The classes that a type hint speaks of."""
+    """The classes in a type hint."""
     if inspect.isclass(hint):
         yield hint
     for part in get_args(hint):
@@ -206,7 +206,7 @@ def classes_in(hint: Any) -> Iterator[type]:
 
 
 def too_small(*args: Any, **kwargs: Any) -> Any:
-    """Wrong by a tenth."""
+    """A kernel whose results are a tenth too small."""
     return 0.9 * flash_attn_varlen_func(*args, **kwargs, kernel="reference")
 
 
@@ -223,7 +223,7 @@ WRONG_MASKS = [
     (case, spoilt)
     for case in CASES
     for spoilt in (without_mask, first_keys)
-    # where the padding is on the right, the first keys are the right ones
+    # if padding is on the right, the first keys are the valid ones
     if case.masked and not (spoilt is first_keys and "seqused" in case.routes)
 ]
 
@@ -341,7 +341,7 @@ def test_what_is_not_a_denoiser_is_switched_when_it_is_given_by_itself() -> None
     pictures, reference = case.draw(pipe), case.draw(case.build(torch.float64))
     enable(pipe.vae, case)
     assert_within_budget(case.draw(pipe), pictures, reference)
-    assert coverage(pipe.vae).calls == 1  # the decoder's; the encoder does not run
+    assert coverage(pipe.vae).calls == 1  # the decoder's call; the encoder does not run
     assert coverage(pipe).calls == 0
 
 
@@ -381,7 +381,7 @@ def test_the_scale_of_an_ip_adapter_is_set_on_a_switched_pipeline() -> None:
 def test_perturbed_attention_guidance_takes_its_layers_away_unless_they_are_wrapped(
     wrapped: bool,
 ) -> None:
-    """It gives them processors of its own, for the time of the call."""
+    """The guidance gives these layers its own processors during the call."""
     case = pixart.PERTURBED
     own = (PAGCFGIdentitySelfAttnProcessor2_0(), PAGIdentitySelfAttnProcessor2_0())
     ours = tuple(FA3AttnProcessor(p, kernel="reference", fallback="error") for p in own)

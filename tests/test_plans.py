@@ -76,7 +76,7 @@ def test_a_new_mask_in_the_memory_of_a_dead_one_makes_another_plan() -> None:
 
 
 def test_a_wrong_reuse_is_found_where_one_looks() -> None:
-    """A plan that follows from more than it is known by, as no plan should."""
+    """The second plan follows from a mask that is not part of the cache key."""
     cache, source = PlanCache(verify=True), padding(3, 2)
     plan_for(cache, source)
     plan_for(cache, source)

@@ -1,4 +1,4 @@
-"""A wrapped processor is the layer's own one, whose attention calls go to the kernel."""
+"""A wrapped processor is the layer's own processor, with its attention calls on the kernel."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def states(seed: int = 1) -> torch.Tensor:
 
 
 GAP = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 0, 0, 1, 1, 1]], dtype=torch.bool)
-BIAS = torch.rand(2, 6, 6)  # for all heads alike
+BIAS = torch.rand(2, 6, 6)  # the same for all heads
 
 
 def routes(attn: Attention) -> dict[str, int]:
@@ -303,7 +303,7 @@ def test_dropout_goes_to_the_default_attention() -> None:
 
 
 class Shifting(AttnProcessor2_0):
-    """Makes its mask from what it was given and from a state of which nothing is known."""
+    """Makes its mask from its arguments and from a state that the cache cannot see."""
 
     shift = 0
 
@@ -336,7 +336,7 @@ def test_a_mask_is_read_once_for_all_layers_that_are_given_it() -> None:
     additive = torch.zeros(2, 1, 6).masked_fill(~GAP[:, None], -1e4)
     x = states()
     for attn in layers:
-        x = attn(x, attention_mask=additive)  # builds (B, H, 1, Sk) anew in each layer
+        x = attn(x, attention_mask=additive)  # rebuilds (B, H, 1, Sk) in each layer
     report = coverage(layers).to_dict()
     assert report["plans"] == {"made": 1, "reused": 4}
     assert [row["calls"] for row in report["layers"]] == [{"packed": 1}] * 5
@@ -354,7 +354,7 @@ def test_an_unknown_processor_has_its_masks_read_each_time() -> None:
 def test_each_attention_call_of_a_processor_has_its_own_plan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TwoCalls, "__module__", "diffusers.models")  # as if it were one of theirs
+    monkeypatch.setattr(TwoCalls, "__module__", "diffusers.models")  # as if it were diffusers' own
     wrapped = FA3AttnProcessor(TwoCalls(), kernel="reference", fallback="error")
     mask = torch.arange(6) < torch.tensor([[2], [5]])
     for _ in range(2):

@@ -246,7 +246,7 @@ def test_out_of_a_dense_call_is_written_through_a_view(dense):
     def without(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
         return q.clone()
 
-    # A function must be told the scale, unless it is the one that all have by themselves.
+    # A function without `softmax_scale` can serve the default scale only.
     with pytest.raises(KernelUnavailableError, match="varlen cannot take softmax_scale"):
         by_name(wrap_callable(varlen).forward)(
             q, k, v, softmax_scale=SCALE, out=torch.empty_like(q)

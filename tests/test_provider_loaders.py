@@ -1,4 +1,4 @@
-"""What each provider makes of its package, with stand-ins for the packages."""
+"""What kernel each provider loads from its package, with stand-ins for the packages."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def cached(
     window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
     return_softmax_lse=False,
 ):  # fmt: skip
-    """With FlashAttention-2's arguments, as old builds of -3 have them."""
+    """A kv-cache call with FlashAttention-2's arguments, as in old FlashAttention-3 builds."""
     out, lse = reference.kvcache(
         q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, page_table=block_table,
         softmax_scale=softmax_scale, causal=causal, return_lse=True,
@@ -84,7 +84,7 @@ def cached(
 
 
 def agrees_on_a_cache(kernel):
-    """New keys are appended, pages go by their other name, and `out` and the LSE are served."""
+    """Appended keys, pages, `out` and the LSE are the same as on the reference."""
     q, k, v = (torch.randn(2, 1, 2, 8) for _ in range(3))
     caches = [torch.randn(4, 4, 2, 8) for _ in range(2)]  # pages of 4 keys
     pages = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
@@ -249,7 +249,7 @@ def test_flash_attn_2_is_its_functions(install, packed):
 
 
 class FakeFlashAttention4:
-    """Its private forward, with `out`, and its functions, which always return two values."""
+    """A private forward that takes `out`, and functions that always return two values."""
 
     def __init__(self):
         self.calls = []

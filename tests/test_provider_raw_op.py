@@ -68,7 +68,7 @@ def test_each_argument_of_a_packed_call_lands_in_its_slot(name):
     }
     assert {argument: got[argument] for argument in plain} == plain
     assert torch.equal(got["v"][[0, 2, 3, 4, 5]], v[[0, 2, 3, 4, 5]])
-    assert not got["v"][[1, 6]].any()  # behind the 1 and 4 valid keys
+    assert not got["v"][[1, 6]].any()  # right after the 1 and 4 valid keys
     rest = (
         got.keys()
         - asked.keys()
@@ -91,7 +91,7 @@ def test_values_behind_valid_keys_never_reach_the_op(name):
     assert torch.equal(got[1, :1], v[1, :1])
     assert not got[0, 3:].any()
     assert not got[1, 1:].any()
-    assert v.isnan().any()  # the caller's own is not touched
+    assert v.isnan().any()  # the caller's v is unchanged
 
 
 @every_op

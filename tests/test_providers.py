@@ -1,4 +1,4 @@
-"""Which kernel serves which call: decided from given facts, so an H100 is tested on any machine."""
+"""Which kernel serves a call follows from given facts, so an H100 is tested on any machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FA3_FWD = dict.fromkeys(("BACKWARD", "PAGEDKV", "LOCAL", "FP16"), True)
 
 
 def torch_varlen_limits():
-    """Those of a torch that has it; the one that runs may be too old."""
+    """The limits on a torch that has `varlen_attn`; the installed torch may be too old."""
     module = SimpleNamespace(
         varlen_attn=lambda scale, window_size, seqused_k: None, AuxRequest=None
     )
@@ -80,7 +80,7 @@ def forward(q, k, v, **options):
 
 
 def installed(*names, **builds):
-    """The real providers in their real order, as where just these are installed."""
+    """The real providers in their real order, with only the named ones installed."""
 
     def provided(provider):
         limits = LIMITS.get(builds.get(provider.name, provider.name))
@@ -203,7 +203,7 @@ def test_the_reference_serves_on_a_cuda_device_when_it_is_asked_for():
 
 
 def watching_loads(asked):
-    """The real providers, those that are `asked` about with a load that is noted and fails."""
+    """The real providers; a load of one for which `asked` is true is noted and fails."""
     loaded = []
 
     def watched(provider):

@@ -1,4 +1,4 @@
-"""The reference kernel is the definition of correct: against a slower one, and against SDPA."""
+"""The reference kernel defines what is correct; it is checked against the oracle and SDPA."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_dense_keys_behind_the_valid_ones_are_never_read(used, fill):
 def test_the_error_is_no_larger_than_that_of_sdpa(dtype, way):
     exact = tensors(2, 40, dim=32, dim_v=32)
     q, k, v = (x.to(dtype) for x in exact)
-    # SDPA's own answer at this precision sets the budget; the truth is that of the rounded inputs.
+    # The truth is SDPA in float64 on the rounded inputs; SDPA's error at this dtype is the budget.
     truth = sdpa(*(x.double() for x in (q, k, v)))
     budget = (sdpa(q, k, v).double() - truth).abs().max()
     cu = ends([40, 40])
@@ -276,7 +276,7 @@ def test_it_says_that_it_copies_into_out():
 
 
 class TestCache:
-    """New keys are written behind the valid ones, and attended with them."""
+    """New keys are written after the valid keys, and attended with them."""
 
     def tensors(self, batch=3, q_len=2, capacity=7):
         q, k_cache, v_cache = tensors(batch, q_len, k_shape=(batch, capacity), kv_heads=2, dim_v=4)

@@ -76,7 +76,7 @@ REPLACED: list[tuple[Case, Treatment, int]] = [
     (BY_NAME["flux"], given_one_for_each, 2),
     (BY_NAME["flux"], given_one_to_a_layer, 1),
 ]
-"""What is done to a model, and how many layers have another processor then."""
+"""A case, what is done to its model, and how many layers then have another processor."""
 
 OUT_OF_REACH: list[Treatment] = [on_their_oldest_processors, sliced]
 """Processors that compute attention by hand."""
@@ -169,7 +169,7 @@ def test_processors_that_compute_by_hand_stay_on_the_default_attention_and_are_t
 
 
 def test_unfusing_brings_back_the_processors_as_they_were_when_it_was_fused() -> None:
-    """diffusers keeps them meanwhile: switched ones if it was fused after the switch."""
+    """diffusers keeps the earlier processors; they are switched if fusing came after the switch."""
     case = BY_NAME["unet_sd15"]
     expected = expect(case, LAYOUT)
     model = case.build()

@@ -69,7 +69,7 @@ def test_a_pattern_is_read_as_what_it_is(
         (name, form)
         for name in PATTERNS
         for form in ("bool", "-inf", "-1e4", "per head")
-        # Over a row of -1e4 throughout the default averages: not ours, see test_masks.
+        # The default averages over a row of -1e4 only, so it must serve; see test_masks.
         if (name, form) != ("strictly causal", "-1e4")
     ],
 )
@@ -134,7 +134,7 @@ def test_no_tensor_is_copied_where_groups_are_neighbours() -> None:
 
 def test_a_band_but_for_one_row_is_none() -> None:
     mask = PATTERNS["sliding window"][0]()
-    mask[9] = mask[9].roll(1)  # as many keys as before, which is what a band is guessed from
+    mask[9] = mask[9].roll(1)  # as many keys as before: counts alone look like a band
     assert isinstance(read(mask), Opaque)
 
 
@@ -175,7 +175,7 @@ def test_a_window_needs_a_kernel_that_has_one() -> None:
 
 def test_rows_guessed_to_be_causal_join_those_that_see_alike() -> None:
     three, four = torch.arange(24) < 3, (torch.arange(24) >= 10) & (torch.arange(24) < 14)
-    mask = torch.stack([three, four] * 32)  # counts rise by one in each pair, in none does a key
+    mask = torch.stack([three, four] * 32)  # counts rise by one in each pair, but by other keys
     meaning = read(mask[None, None])
     assert isinstance(meaning, Sequences)
     assert [len(s.queries) for s in meaning.sequences] == [32, 32]

@@ -1,4 +1,4 @@
-"""Three errors of diffusers' own varlen backends, and that this package does not make them.
+"""Three errors of diffusers' own varlen backends, which this package does not make.
 
 1. gap: `_flash_varlen_3` takes the first n keys, not the n valid ones. Qwen-Image, Chroma, Krea 2
    and PRX put padding between text and image.
@@ -6,8 +6,8 @@
 3. query-dependent masks: every varlen backend reduces a (B, H, Sq, Sk) mask with `any` over the
    queries, so a causal mask becomes no mask.
 
-The tests named "upstream" show what the installed diffusers does. One that fails says that
-diffusers has repaired it: then delete that test and say so in the documentation.
+The tests named "upstream" show what the installed diffusers does. If such a test fails, diffusers
+has repaired the error: then delete the test and say so in the documentation.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def test_a_query_dependent_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_mask_upstreams_backend_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What calibrates the three tests above: the stand-in kernel itself is exact."""
+    """This calibrates the three tests above: the stand-in kernel itself is exact."""
     case = BY_NAME["qwenimage"]
     default, exact = case.run(case.build(), "none"), case.exact("none")
     upstream = run_on_upstreams_varlen_backend(case, "none", monkeypatch)

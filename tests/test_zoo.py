@@ -64,7 +64,7 @@ def test_output_changes_when_the_first_keys_are_taken(case: Case, layout: Layout
     allowed = budget(output, case.exact(layout))
     if log.misplaced:
         assert error(wrong, output) > SENSITIVITY * allowed
-    elif not log.biased:  # keys on the right are hidden, or none: the first keys are right
+    elif not log.biased:  # padding is on the right, or absent: the first keys are right
         assert error(wrong, output) <= allowed
 
 
@@ -79,7 +79,7 @@ def test_output_changes_when_any_single_call_loses_a_key(case: Case, layout: Lay
             wrong = case.run(model, layout)
         if error(wrong, output) <= SENSITIVITY * allowed:
             unseen.append((index, call))
-    assert len(unseen) <= case.outside, unseen  # what no processor calls is not ours to test
+    assert len(unseen) <= case.outside, unseen  # calls outside of processors are not switched
 
 
 def test_every_kind_of_mask_occurs() -> None:

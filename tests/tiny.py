@@ -1,4 +1,4 @@
-"""Small models and pipelines for tests of switching, where the family does not matter."""
+"""Small models and pipelines for tests of switching in which the model family does not matter."""
 
 from __future__ import annotations
 

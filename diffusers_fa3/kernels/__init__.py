@@ -1,11 +1,12 @@
-"""Which kernel serves a call, and how it is called. Importing this imports no kernel.
+"""Which kernel serves a call, and how each kernel is called. Importing this imports no kernel.
 
-Read `contract` first: what a kernel can do, what a call asks, and the one calling convention.
-Then `selection` and `installed` (which kernel serves), and `providers/` (where each comes from).
-A provider binds its package by `raw_op` or `public_function`, with the help of `signature`, `out`,
-`adapt` and `build_flags`. `compiled` is the kernel call inside a graph, `table` what is printed.
+Reading order: `contract` has what a kernel can do, what a call asks, and the calling convention of
+all kernels. `selection` and `installed` choose the kernel. `providers/` has one file per kernel
+package. A provider binds its package with `raw_op` or `public_function`, which use `signature`,
+`out`, `adapt` and `build_flags`. `compiled` is the kernel call under torch.compile. `table` is the
+result of `available_kernels`.
 
-Nothing here knows masks or diffusers. A kernel's package is imported by its provider's `load` only.
+These files know neither masks nor diffusers. Only a provider's `load` imports a kernel package.
 """
 
 from __future__ import annotations

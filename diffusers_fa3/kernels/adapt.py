@@ -1,4 +1,4 @@
-"""What adapters share: calls that a kernel should not see, and calls that it sees as others."""
+"""What adapters share: calls that must not reach a kernel, and calls that are rewritten for it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffusers_fa3.options import DENSE, Lengths, Options
 
 
 def shielded(forward: InnerForward) -> Forward:
-    """`forward`, which sees neither calls without any key or query, nor values behind valid keys.
+    """Wrap `forward`: it gets no call without queries or keys, and no NaN or inf from padding in v.
 
-    Of a call without a key FlashAttention-3 says that the log-sum-exp is +inf; others fail.
+    For a call without keys, FlashAttention-3 returns a log-sum-exp of +inf; other kernels fail.
     """
 
     def call(
@@ -40,7 +40,7 @@ def shielded(forward: InnerForward) -> Forward:
 
 
 def without_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, return_lse: bool) -> Result:
-    """Attention over nothing: 0, as SDPA gives, with a log-sum-exp of -inf; still in the graph."""
+    """Attention without keys or queries: 0 as in SDPA, log-sum-exp -inf; autograd still records."""
     rows = q.shape[:-1]
     result = q.new_zeros((*rows, v.shape[-1]), dtype=out_dtype(q))
     if needs_grad(q, k, v):
@@ -53,9 +53,10 @@ def without_keys(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, return_lse
 
 
 def dense_as_packed(forward: InnerForward) -> InnerForward:
-    """`forward`, which only knows packed calls, for dense ones too: samples lie end to end.
+    """Wrap `forward`, which takes only packed calls, to take dense calls too.
 
-    Nothing is copied where a sample's rows follow the last one's.
+    The samples of a dense call are flattened to (B * S, H, D): a view where they follow each other
+    in memory, else a copy.
     """
 
     def call(
@@ -73,7 +74,7 @@ def dense_as_packed(forward: InnerForward) -> InnerForward:
         batch, q_len, k_len = q.shape[0], q.shape[1], k.shape[1]
         ends_q = _ends(batch, q_len, q.device)
         ends_k = ends_q if k_len == q_len else _ends(batch, k_len, q.device)
-        # Where out's samples do not follow each other, there is no view of it to write into.
+        # If out's samples do not follow each other in memory, out has no packed view to write into.
         in_order = out is not None and (batch == 1 or out.stride(0) == q_len * out.stride(1))
         result, lse = forward(
             q.flatten(0, 1),
@@ -98,14 +99,14 @@ def _ends(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def without_padding(v: Tensor, seqused_k: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
-    """`v` with 0 in the rows behind each sample's valid ones.
+    """`v` with 0 in the rows of padding, beyond each sample's `seqused_k`.
 
-    FlashAttention-3 reads keys in tiles, and gives what lies behind the last valid one in its tile
-    a weight of 0, which NaN and inf in v survive (in k they do not): seen on an H100.
+    FlashAttention-3 reads keys in tiles. Padding in a sample's last tile gets a weight of 0, but 0
+    times NaN or inf in v is NaN in the output. NaN and inf in k do no harm. Seen on an H100.
     """
     padding = _padding(v.shape[-3], seqused_k, cu_seqlens_k)
     plain = v.view(torch.uint8) if v.dtype.itemsize == 1 else v  # float8 has no `where`
-    # Not masked_fill, which copies first and fills then: 130 us against 83 for 57 MB on an H100.
+    # masked_fill copies first and then fills: 130 us against 83 for 57 MB on an H100.
     return torch.where(padding[..., None, None], 0, plain).view(v.dtype)
 
 
@@ -118,17 +119,17 @@ def _padding(length: int, seqused_k: Tensor, cu_seqlens_k: Tensor | None) -> Ten
 
 
 def dense_last_axis(x: Tensor) -> Tensor:
-    """`x` as kernels read it: elements of a head next to each other."""
+    """`x` with a last axis of stride 1, as kernels need it; a copy only if the stride differs."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_rows_minus_inf(lse: Tensor) -> Tensor:
-    """FlashAttention-2 marks rows without a key by +inf, which no other row can be."""
+    """`lse` with -inf for +inf, which FlashAttention-2 gives only in rows without keys."""
     return lse.masked_fill(lse == torch.inf, -torch.inf)
 
 
 def refuse(kernel: str, asked: Iterable[str]) -> None:
-    """Refuse options that are asked for and that `kernel` has no argument for."""
+    """Raise KernelUnavailableError if `asked` names any option; `kernel` has none of them."""
     names = ", ".join(asked)
     if names:
         raise KernelUnavailableError(f"{kernel} cannot take {names}")

@@ -1,4 +1,4 @@
-"""What a FlashAttention-3 build was compiled with: the flags it ships, where it ships them."""
+"""What a FlashAttention-3 build was compiled with, from the flags that some builds ship."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from diffusers_fa3.kernels.contract import FLOAT8, HALF, Limits
 FULL_BUILD = Limits(
     archs=("sm80", "sm90a"),
     dtypes=HALF | FLOAT8,
-    # A few pairs of head sizes are built, only for Hopper; no diffusers model has such a pair.
+    # Builds have a few pairs of unequal head sizes, only for Hopper; no diffusers model uses one.
     head_dims_differ=False,
 )
-"""A FlashAttention-3 binary with nothing left out, its raw op alone (which has no backward)."""
+"""The limits of a FlashAttention-3 raw op, with every feature built. Raw ops have no backward."""
 
 _HEAD_TILES = (256, 192, 128, 96, 64)
 
 
 def read_flags(module: str) -> Mapping[str, bool]:
-    """`CONFIG["build_flags"]` of a build's config module; empty for builds without one."""
+    """`CONFIG["build_flags"]` of a build's config module; empty if the build has no such module."""
     try:
         config = importlib.import_module(module).CONFIG
     except ModuleNotFoundError:
@@ -33,7 +33,7 @@ def read_flags(module: str) -> Mapping[str, bool]:
 
 
 def limits_from(flags: Mapping[str, bool], full: Limits = FULL_BUILD) -> Limits:
-    """`full` less what the flags say is disabled."""
+    """`full` without the features that the flags disable."""
 
     def built(feature: str) -> bool:
         return not flags.get(f"FLASHATTENTION_DISABLE_{feature}", False)
@@ -56,11 +56,14 @@ def limits_from(flags: Mapping[str, bool], full: Limits = FULL_BUILD) -> Limits:
 
 
 def backward_is_built(flags: Mapping[str, bool]) -> bool:
-    """Whether the build's own functions can be trained through."""
+    """Whether the build's public functions have a backward."""
     return not flags.get("FLASHATTENTION_DISABLE_BACKWARD", False)
 
 
 def version_of(module: str) -> str:
-    """Distribution and version that brought a module; neither need be named after it."""
+    """Name and version of the distribution that a module comes from; empty if there is none.
+
+    The distribution may have another name than the module.
+    """
     names = importlib.metadata.packages_distributions().get(module, [])
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in dict.fromkeys(names))

@@ -1,8 +1,8 @@
-"""The kernel call as one op of torch.library: what torch.compile sees in place of a kernel.
+"""The kernel call as one torch.library op, which torch.compile sees in place of a kernel.
 
-Raw ops of FlashAttention builds say nothing of the shapes they return, so a graph cannot hold them.
-This op can: it writes into `out`, which a graph allows an op to do, and returns the log-sum-exp
-alone, since an op must not return what it was given. Eager calls do not come this way.
+The raw ops of FlashAttention builds have no fake implementation, so torch.compile cannot trace
+them. This op has one. It writes into `out` and returns only the log-sum-exp, since an op must not
+return one of its arguments. Eager calls do not use this op.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from diffusers_fa3.kernels.out import out_dtype
 from diffusers_fa3.options import DENSE, Lengths, Options
 
 executed: Counter[tuple[int, str, str]] = Counter()
-"""Calls that compiled graphs made: by switch (see `Settings.switch_id`; 0: none), kernel, route."""
+"""Calls that compiled graphs made, by (`Settings.switch_id` or 0 if none, kernel, route)."""
 
 declined: Counter[tuple[int, str]] = Counter()
-"""Calls that were compiled as the default attention: by switch, reason; once per compilation."""
+"""Calls compiled as the default attention, by (`switch_id`, reason); one per compilation."""
 
 
 @torch.library.custom_op("diffusers_fa3::forward_into", mutates_args={"out"})
@@ -48,9 +48,9 @@ def forward_into(
     max_seqlen_k: int | None,
     seqused_k: Tensor | None,
 ) -> Tensor:
-    """`Forward` of the kernel of that name, into `out`; the log-sum-exp, empty if not asked for.
+    """`Forward` of the kernel named `kernel`, into `out`; returns the log-sum-exp, or an empty one.
 
-    Padding in v is safe to read. The call is counted for `switch_id` each time it runs.
+    Padding in v must be safe (see `Forward`). Each run is counted in `executed`.
     """
     route = "packed" if cu_seqlens_q is not None else "dense" if seqused_k is None else "static"
     executed[switch_id, kernel, route] += 1
@@ -74,17 +74,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, return_lse: bool, *options: 
     return q.new_empty((*batch, heads, length) if return_lse else 0, dtype=torch.float32)
 
 
-# Assumed constant, which is to say: run now, while the graph is traced.
+# assume_constant_result: Dynamo runs the function once while it traces, and not in the graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def note_declined(switch_id: int, reason: str, warn: bool) -> None:
-    """Count a call that becomes the default attention in the graph that is being traced."""
+    """Count a call that the graph being traced gives to the default attention; warn once."""
     declined[switch_id, reason] += 1
     if warn and declined[switch_id, reason] == 1:
         warnings.warn(f"compiled as the default attention: {reason}", FallbackWarning, stacklevel=2)
 
 
 class GraphKernel(NamedTuple):
-    """A kernel in a graph that is being traced: what `attend` asks of a `Kernel`."""
+    """A kernel in a graph being traced, with the fields of a `Kernel` that `attend` uses."""
 
     name: str
     seqused_k: bool
@@ -95,9 +95,9 @@ class GraphKernel(NamedTuple):
 def graph_kernel(
     request: Request, device: torch.device, kernel: str, switch_id: int
 ) -> GraphKernel | str:
-    """`select`, for a graph that is being traced; or why no kernel serves.
+    """`select` for a graph being traced: the kernel, or the reason why none serves.
 
-    Head sizes may be dynamic there, but a kernel is chosen for those that the graph is traced with.
+    Dynamic head sizes are fixed to those that the graph is traced with, to choose a kernel.
     """
     request = request._replace(
         head_dim=index(request.head_dim), head_dim_v=index(request.head_dim_v)
@@ -111,7 +111,7 @@ def graph_kernel(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def _choose(device: torch.device, kernel: str, *request: Any) -> tuple[str, bool, bool] | str:
-    """`select`, in constants: fields of a `Request` in, and of a `GraphKernel` out."""
+    """`select` on constants, for Dynamo: `Request` fields in, first `GraphKernel` fields out."""
     try:
         chosen = select(Request(*request), read_machine(device), kernel)
     except KernelUnavailableError as error:
@@ -120,7 +120,7 @@ def _choose(device: torch.device, kernel: str, *request: Any) -> tuple[str, bool
 
 
 def _traceable(kernel: str, switch_id: int) -> Forward:
-    """`Forward` of the kernel of that name, by the op; of the options what `attend` asks for."""
+    """`Forward` of the kernel named `kernel` through the op, with scale, causal and window only."""
 
     def forward(
         q: Tensor,

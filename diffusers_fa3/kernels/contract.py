@@ -1,7 +1,7 @@
-"""What a kernel can do, what a call asks, what the machine is: facts, and the decision over them.
+"""What a kernel can do, what a call asks, what the machine is, and whether the three fit.
 
-`rejection_reasons` is a pure function of three frozen records, so every choice that the package
-makes on an H100, an A100 or no GPU at all is tested on any machine, with given facts.
+`rejection_reasons` is a pure function of three frozen records. So tests on any machine can check
+the choice that is made on an H100, on an A100, or without a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLOAT8 = frozenset({torch.float8_e4m3fn})
 
 
 class Machine(NamedTuple):
-    """Where a call runs; read by `read_machine`, made up by tests."""
+    """Where a call runs. `read_machine` reads it; tests make it up."""
 
     device: str
     """Device type: "cpu", "cuda", ..."""
@@ -31,9 +31,9 @@ class Machine(NamedTuple):
 
 @cache
 def read_machine(device: torch.device) -> Machine:
-    """The facts of the machine behind a tensor's device: the only place that asks for them.
+    """The `Machine` of a tensor's device. No other function asks torch for these facts.
 
-    A device does not change: asked once, since an attention call cannot wait for the answer.
+    Cached: the facts do not change, and asking in every attention call would be slow.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return Machine(device.type, None)
@@ -41,7 +41,7 @@ def read_machine(device: torch.device) -> Machine:
 
 
 class Request(NamedTuple):
-    """What one attention call asks of a kernel. A tuple, which is made and hashed fast."""
+    """What one attention call asks of a kernel. A tuple, since tuples are fast to make and hash."""
 
     dtype: torch.dtype
     head_dim: int
@@ -61,7 +61,7 @@ class Limits:
     """What a kernel build can serve."""
 
     archs: tuple[str, ...]
-    """Machine code in the binary: "sm80", "sm86", "sm90a", ...; "any" needs no GPU."""
+    """GPU architectures in the binary: "sm80", "sm86", "sm90a", ...; "any" also runs on a CPU."""
     dtypes: frozenset[torch.dtype] = HALF
     max_head_dim: int = 256
     head_dim_multiple: int = 8
@@ -76,15 +76,16 @@ class Limits:
     backward: bool = False
     kvcache: bool = True
     reads_padding: bool = True
-    """Whether it weighs values behind a sample's `seqused_k` by 0, instead of leaving them out."""
+    """Whether the kernel multiplies values beyond `seqused_k` by 0 instead of skipping them. If so,
+    NaN and inf there would reach the output."""
     seqused_k_backward: bool = False
     """Whether seqused_k may be given where gradients are needed."""
 
 
 def rejection_reasons(limits: Limits, machine: Machine, request: Request | None) -> list[str]:
-    """Every reason why a kernel of these limits cannot serve; an empty list means that it can.
+    """Every reason why a kernel with these limits cannot serve; an empty list means that it can.
 
-    Without a request only the machine is judged.
+    If `request` is None, only the machine is checked.
     """
     reasons = []
     if not _has_code_for(limits.archs, machine):
@@ -125,7 +126,7 @@ def rejection_reasons(limits: Limits, machine: Machine, request: Request | None)
 
 
 def _has_code_for(archs: tuple[str, ...], machine: Machine) -> bool:
-    """Machine code runs on its own major version, from its minor on; "a" code on its own only."""
+    """Whether a binary runs here: "smXY" code on X.Y and later minors of X, "smXYa" code on X.Y."""
     if "any" in archs:
         return True
     if machine.capability is None:
@@ -141,24 +142,25 @@ def _has_code_for(archs: tuple[str, ...], machine: Machine) -> bool:
 
 
 def device_words(machine: Machine) -> str:
-    """The machine in words, to end a sentence with."""
+    """The machine in words, for the end of a sentence."""
     if machine.capability is None:
         return f"a {machine.device} device"
     return "a {} device of compute capability {}.{}".format(machine.device, *machine.capability)
 
 
 Result = tuple[Tensor, Tensor | None]
-"""Output and log-sum-exp."""
+"""Output, and the log-sum-exp or None."""
 
 
 class Forward(Protocol):
-    """One calling convention for every kernel.
+    """The calling convention of every kernel.
 
-    Packed q (Tq, H, D), k (Tk, Hk, D), v (Tk, Hk, Dv) with `cu_seqlens` in `lengths`; or dense
-    q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) without. `padding_is_safe` says that v has
-    no NaN nor inf behind a sample's valid keys that valid keys do not have.
-    Returns (out, lse): out like q with v's head size, lse fp32, natural log, (H, Tq) packed or
-    (B, H, Sq) dense, None unless asked for. Rows without a valid key are 0, their lse is -inf.
+    Takes packed q (Tq, H, D), k (Tk, Hk, D), v (Tk, Hk, Dv) with `cu_seqlens` in `lengths`; or
+    dense q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) without. `padding_is_safe`: the
+    caller guarantees that padding in v has no NaN or inf, except where it repeats a valid key's.
+    Returns (out, lse): out has q's shape with v's head size; lse is fp32, natural log, (H, Tq)
+    packed or (B, H, Sq) dense, or None if not asked for. Rows without a valid key are 0, with an
+    lse of -inf.
     """
 
     def __call__(
@@ -178,7 +180,7 @@ class Forward(Protocol):
 
 
 class InnerForward(Protocol):
-    """`Forward` of calls that have a query and a key, and values of padding that are safe."""
+    """`Forward` for calls with at least one query and one key, and with safe padding in v."""
 
     def __call__(
         self,
@@ -197,39 +199,40 @@ class InnerForward(Protocol):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded kernel, bound once: what it can do, and how it is called."""
+    """A loaded kernel: what it can do, and the functions that call it."""
 
     name: str
     version: str
     limits: Limits
     forward: Forward
     kvcache: Callable[..., Result] | None = None
-    """FlashAttention's `flash_attn_with_kvcache` arguments by keyword, plus out and return_lse."""
+    """Takes q, k_cache, v_cache, and by keyword the other arguments of FlashAttention's
+    `flash_attn_with_kvcache`, `out` and `return_lse`. None: the kernel has no such function."""
     out: Literal["native", "copy"] = "native"
     """"native": the kernel writes into the caller's `out`; "copy": its result is copied there."""
 
     @property
     def seqused_k(self) -> bool:
-        """Whether it takes a number of valid keys for each sample."""
+        """Whether the kernel takes `seqused_k`, the number of valid keys of each sample."""
         return self.limits.seqused_k
 
     @property
     def reads_padding(self) -> bool:
-        """Whether NaN behind these keys, in v, would reach the output."""
+        """Whether NaN or inf in v beyond `seqused_k` would reach the output."""
         return self.limits.reads_padding
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Where a kernel may come from. `load` imports the package; nothing else does."""
+    """A package that a kernel may come from. Only `load` imports the package."""
 
     name: str
     load: Callable[[], Kernel]
     install: str
-    """What to type to get it."""
+    """The command that installs the package."""
     modules: tuple[str, ...] = field(default=())
-    """Modules that must be found before `load` is tried; none for what needs no other package."""
+    """Modules that must be installed before `load` is tried; empty if torch is enough."""
     on_request: str = ""
-    """Why "auto" never takes it, and nothing loads it unasked; empty where it may."""
+    """Why this kernel is loaded only if asked for by name; empty if "auto" may load and take it."""
     cuda: bool = True
-    """Whether it needs a CUDA device: without one it is not loaded at all."""
+    """Whether it needs a CUDA device. Without one, it is loaded only if asked for by name."""

@@ -1,4 +1,4 @@
-"""Any function with FlashAttention's arguments as a kernel, called by what its signature says."""
+"""Any function with FlashAttention's arguments as a kernel, called as its signature says."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _SPELLINGS = {
     "window": ("window_size", "window"),
     "softmax_scale": ("softmax_scale", "scale"),
 }
-"""Names that functions have for our arguments, FlashAttention's first."""
+"""The names that functions have for our arguments; FlashAttention's name comes first."""
 
 _PRESET = {"num_splits": 1, "fa_version": 3}
-"""What every call says where the function has such an argument: some split keys by a heuristic, and
-vLLM's runs FlashAttention-2, unless told not to."""
+"""Arguments that every call gives, if the function has them. By default, some functions split the
+keys by a heuristic, and vLLM's function runs FlashAttention-2."""
 
 _NOTHING = {"seqused_q": None, "seqused_k": None, "causal": False, "is_causal": False}
-"""What those say that are required although nothing is asked."""
+"""Values for arguments that a function requires, in calls that do not ask for them."""
 
 _EVERY_FLOAT = HALF | FLOAT8 | {torch.float32, torch.float64}
 
@@ -49,9 +49,9 @@ _EVERY_FLOAT = HALF | FLOAT8 | {torch.float32, torch.float64}
 def public_forward(
     varlen: Callable[..., Any] | None, dense: Callable[..., Any] | None = None
 ) -> Forward:
-    """One calling convention over a build's functions for packed and for dense tensors.
+    """`Forward` over a build's public functions for packed and for dense tensors.
 
-    Without `dense`, samples are laid end to end for `varlen`.
+    Without `dense`, dense calls go to `varlen` as packed calls. One of the two must be given.
     """
     if varlen is None:
         assert dense is not None
@@ -71,7 +71,7 @@ def public_forward(
         out: Tensor | None = None,
         return_lse: bool = False,
     ) -> Result:
-        # A number of valid keys per sample is an argument of the varlen functions only.
+        # Only varlen functions have the argument seqused_k.
         packed = lengths.cu_seqlens_q is not None or lengths.seqused_k is not None
         forward = by_varlen if packed else by_dense
         return forward(q, k, v, options, lengths, out=out, return_lse=return_lse)
@@ -107,12 +107,12 @@ def _forward(function: Callable[..., Any]) -> InnerForward:
         return_lse: bool = False,
     ) -> Result:
         asked = {spelling.get(ours, ours): value for ours, value in options.beyond().items()}
-        # A function without it has the scale that all kernels have by default.
+        # A function without a scale argument uses D ** -0.5, as all kernels do by default.
         if takes_scale or options.softmax_scale != q.shape[-1] ** -0.5:
             asked[spelling["softmax_scale"]] = options.softmax_scale
         if lengths is not DENSE:
             asked |= {n: x for n, x in zip(Lengths._fields, lengths) if x is not None}
-            if not takes_bounds or lengths.cu_seqlens_q is None:  # they only help
+            if not takes_bounds or lengths.cu_seqlens_q is None:  # only bounds: safe to drop
                 asked.pop("max_seqlen_q", None)
                 asked.pop("max_seqlen_k", None)
         known = preset | asked
@@ -130,7 +130,7 @@ def _forward(function: Callable[..., Any]) -> InnerForward:
 
 
 def public_kvcache(function: Callable[..., Any]) -> Callable[..., Result]:
-    """`Kernel.kvcache` over a build's own `flash_attn_with_kvcache`, by the names that it has."""
+    """`Kernel.kvcache` over a build's own `flash_attn_with_kvcache`."""
     signature = read_signature(function)
     name = name_of(function)
 
@@ -157,7 +157,7 @@ def public_kvcache(function: Callable[..., Any]) -> Callable[..., Result]:
 
 
 def _members(name: str, result: Any, return_lse: bool) -> Result:
-    """Output and log-sum-exp of what a function returned, alone or in a tuple of any length."""
+    """Output and log-sum-exp from a function's result: a tensor, or a tuple of any length."""
     members = result if isinstance(result, (tuple, list)) else (result,)
     if not return_lse:
         return members[0], None
@@ -167,7 +167,7 @@ def _members(name: str, result: Any, return_lse: bool) -> Result:
 
 
 def limits_of(signature: Signature) -> Limits:
-    """What a function can be asked, by its arguments; dtypes and sizes it has to judge itself."""
+    """The limits that a function's arguments imply. Dtypes and head sizes are not limited."""
 
     def has(*names: str) -> bool:
         return signature.any_name or any(name in signature.names for name in names)
@@ -181,7 +181,7 @@ def limits_of(signature: Signature) -> Limits:
         head_dim_multiple=1,
         dense=not kvcache,
         varlen=varlen,
-        # vLLM's function reads seqused_k only with pages of keys.
+        # vLLM's function reads seqused_k only with a block_table.
         seqused_k=varlen and has("seqused_k") and "block_table" not in signature.names,
         window=has(*_SPELLINGS["window"]),
         softcap=has("softcap"),
@@ -191,10 +191,11 @@ def limits_of(signature: Signature) -> Limits:
 
 
 def wrap_callable(function: Callable[..., Any]) -> Kernel:
-    """The user's own function, or raw op, as a kernel.
+    """A user's function or raw op as a kernel.
 
     Raises:
-        KernelUnavailableError: it requires arguments that FlashAttention's functions do not have.
+        KernelUnavailableError: `function` requires arguments that FlashAttention's functions do not
+            have, or is a raw op that `RawOp` does not know.
     """
     name = name_of(function)
     if is_raw_op(function):
@@ -219,4 +220,4 @@ _GIVEN = {
     *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k"),
     *("softmax_scale", "scale", "causal", "is_causal"),
 }
-"""Arguments that may be required: every call gives them."""
+"""Arguments that a function may require, besides its first three (q, k and v)."""

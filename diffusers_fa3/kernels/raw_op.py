@@ -1,8 +1,8 @@
-"""The raw op `fwd` of every FlashAttention-3 binary, called by what its schema says.
+"""The raw op `fwd` of every FlashAttention-3 binary, called as its schema says.
 
-Upstream, tokenspeed-fa3, fa3-fwd, sgl-kernel, vLLM and the hub builds all register one op whose
-arguments have the same names in the same order, with a few more or fewer; some without defaults.
-So it is called by position, with every argument given.
+Upstream, tokenspeed-fa3, fa3-fwd, sgl-kernel, vLLM and the hub builds all register this op. Its
+arguments have the same names and order in all builds, but some builds add or lack a few, and some
+give no defaults. So the op is called by position, with every argument given.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FILL: dict[str, Any] = {
     "softcap": 0.0,
     "is_rotary_interleaved": True,
     "scheduler_metadata": None,
-    # The op's own default, 0, splits by a heuristic: a sample's sum would depend on its batch.
+    # With the op's default, 0, a heuristic splits the keys: results would depend on the batch.
     "num_splits": 1,
     "pack_gqa": None,
     "sm_margin": 0,
@@ -48,14 +48,14 @@ _FILL: dict[str, Any] = {
     "cp_world_size": 1,
     "cp_rank": 0,
 }
-"""What each known argument is where nothing is asked of it. Not the op's own default: softmax_scale
-is 0 in one build, which is uniform attention."""
+"""The value of each known argument in calls that do not ask for it. The ops' own defaults do not
+serve: in one build softmax_scale is 0 by default, which gives uniform attention."""
 
 _SPELLED = ("softmax_scale", "is_causal", "window_size_left", "window_size_right")
-"""What the op calls the first three of `Options`."""
+"""The op's names for the first three fields of `Options`; the window has two."""
 
 _SAME = [*enumerate(Options._fields)][3:]
-"""(place in `Options`, name) of those that the op calls the same."""
+"""(place in `Options`, name) of the other fields, for which the op has the same names."""
 
 _CACHE_NAMES = {
     "k": "k_new",
@@ -68,18 +68,18 @@ _CACHE_NAMES = {
     "rotary_interleaved": "is_rotary_interleaved",
     "causal": "is_causal",
 }
-"""What the op calls the arguments of `flash_attn_with_kvcache`, where it is something else."""
+"""The op's names for arguments of `flash_attn_with_kvcache`, where the two differ."""
 
 
 _NEEDED = {"out", "num_splits", *_SPELLED, *dict(_SAME).values(), *Lengths._fields}
 
 
 class RawOp:
-    """One raw op, its schema read once.
+    """One raw op, whose schema is read once.
 
     Raises:
-        KernelUnavailableError: the op is another one, or has an argument without default that
-            nothing is known of.
+        KernelUnavailableError: `op` is None, lacks an argument that every build has, or has an
+            unknown argument without a default.
     """
 
     def __init__(self, op: Any, name: str) -> None:
@@ -114,7 +114,7 @@ class RawOp:
         return_lse: bool = False,
     ) -> Result:
         """See `Forward`."""
-        if not (q.numel() and k.numel()):  # what `shielded` does, at half its price
+        if not (q.numel() and k.numel()):  # as `shielded` does, but at half the cost
             return without_keys(q, k, v, out, return_lse)
         if lengths.seqused_k is not None and not padding_is_safe:
             v = without_padding(v, lengths.seqused_k, lengths.cu_seqlens_k)
@@ -144,7 +144,7 @@ class RawOp:
         return_lse: bool = False,
         **options: Any,
     ) -> Result:
-        """See `Kernel.kvcache`. Decoding is slow unless the op may split the keys: 0 lets it."""
+        """See `Kernel.kvcache`. With `num_splits` 0, the op may split keys: decoding needs that."""
         asked = {_CACHE_NAMES.get(name, name): value for name, value in options.items()}
         asked |= {"softmax_scale": float(softmax_scale), "num_splits": num_splits}
         asked["window_size_left"], asked["window_size_right"] = window_size
@@ -174,7 +174,7 @@ class RawOp:
 
 
 def differentiable(raw: Forward, public: Forward) -> Forward:
-    """`raw`, except where autograd records: raw ops have no backward, a build's functions may."""
+    """`public` where autograd records, since raw ops have no backward; else `raw`."""
 
     def call(
         q: Tensor,
@@ -203,5 +203,5 @@ def differentiable(raw: Forward, public: Forward) -> Forward:
 
 
 def find_op(namespace: str) -> Any | None:
-    """`torch.ops.<namespace>.fwd`, if it is registered: a namespace alone always exists."""
+    """`torch.ops.<namespace>.fwd`, or None if no such op is registered. Any namespace exists."""
     return getattr(getattr(torch.ops, namespace), "fwd", None)

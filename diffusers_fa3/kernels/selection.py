@@ -1,4 +1,4 @@
-"""Which kernel serves a call: decided once per kind of call, from facts, with every reason kept."""
+"""Which kernel serves a call: decided once per kind of call, with a reason for every refusal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KernelChoice = str | Callable[..., Any]
 """`"auto"`, a name from `available_kernels()`, or a function with FlashAttention's arguments."""
 
 CALLABLES_KEPT = 16
-"""Functions given as `kernel` that stay wrapped; a model uses one."""
+"""The most functions given as `kernel` whose wrapping is kept; a model uses one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Refusal:
     cause: Exception | None = None
 
     def error(self) -> KernelUnavailableError:
-        """A new error each time: a kept one would gather the frames of all who met it."""
+        """A new error each time: a kept error would collect the traceback of every raise."""
         error = KernelUnavailableError(self.message, self.summary)
         error.__cause__ = self.cause
         return error
@@ -46,7 +46,7 @@ _Answers = dict[tuple[Request, Machine], Kernel | _Refusal]
 
 
 class Selector:
-    """Providers in order of preference, and what was learnt of them so far."""
+    """Chooses among providers in order of preference; caches loaded kernels and decisions."""
 
     def __init__(self, providers: Iterable[Provider]) -> None:
         self._providers = {provider.name: provider for provider in providers}
@@ -55,16 +55,19 @@ class Selector:
         self._callables: OrderedDict[tuple[int, int], tuple[Kernel, _Answers]] = OrderedDict()
 
     def select(self, request: Request, machine: Machine, kernel: KernelChoice = "auto") -> Kernel:
-        """The kernel that is to serve a call.
+        """The kernel that serves a call.
 
         Args:
             request: what the call asks.
-            machine: where it runs, by `read_machine`.
-            kernel: "auto" takes the first provider that can; a name or a function only that one.
+            machine: where the call runs, from `read_machine`.
+            kernel: "auto" takes the first provider whose kernel can serve. With a name or a
+                function, only that kernel may serve.
 
         Raises:
-            KernelUnavailableError: none can serve, or not the one asked for; with every reason,
-                and where a package failed to load, its own exception as the cause.
+            KernelUnavailableError: no kernel can serve, or the kernel asked for cannot. The message
+                has every reason. If the package asked for failed to load, its exception is the
+                cause.
+            InputError: `kernel` is neither a name nor a function.
         """
         if isinstance(kernel, str):
             answer = self._answers.get((request, machine, kernel))
@@ -81,17 +84,18 @@ class Selector:
         raise answer.error()
 
     def check_choice(self, kernel: KernelChoice) -> None:
-        """Raise KernelUnavailableError for a `kernel` that could serve no call whatever."""
+        """Raise KernelUnavailableError if `kernel` cannot be loaded or called at all."""
         if not isinstance(kernel, str):
             self._wrapped(kernel)
         elif kernel != "auto":
             self.kernel_named(kernel)
 
     def kernel_named(self, name: str) -> Kernel:
-        """The loaded kernel of that name, whatever it can serve here.
+        """The loaded kernel of that name, even if it cannot serve on this machine.
 
         Raises:
-            KernelUnavailableError: the name is unknown, or its package is not there or broken.
+            KernelUnavailableError: the name is unknown, or its package is not installed or fails to
+                load.
         """
         found = self._find(name)
         if isinstance(found, _Refusal):
@@ -99,7 +103,7 @@ class Selector:
         return found
 
     def available(self, machine: Machine) -> KernelTable:
-        """A row per provider, judged on `machine`; those on request only if they are loaded."""
+        """A row per provider, judged on `machine`. Providers on request are not loaded for it."""
         return KernelTable(self._row(provider, machine) for provider in self._providers.values())
 
     def _decide_auto(self, request: Request, machine: Machine, _: str) -> Kernel | _Refusal:
@@ -117,7 +121,7 @@ class Selector:
         return _Refusal("\n".join(lines), headline)
 
     def _offer(self, provider: Provider, request: Request, machine: Machine) -> Kernel | str:
-        """What "auto" gets from one provider: its kernel, or why not in one line."""
+        """What "auto" gets from one provider: its kernel, or the reason against it in one line."""
         if provider.on_request:
             return f'only by name, since {provider.on_request}: kernel="{provider.name}"'
         if provider.cuda and machine.capability is None:
@@ -175,7 +179,10 @@ class Selector:
         return KernelRow.of(provider, loaded, rejection_reasons(loaded.limits, machine, None))
 
     def _wrapped(self, function: Any) -> tuple[Kernel, _Answers]:
-        """Held strongly, so that no other object can come to have the id of this one."""
+        """The wrapped kernel of `function`, and the decisions about it.
+
+        The kernel holds `function` strongly, so that no other object can get its id.
+        """
         if not callable(function):
             raise InputError(f"kernel must be a name or a function; got {function!r}")
         bound = isinstance(function, MethodType)
@@ -189,7 +196,7 @@ class Selector:
 
 
 class _NotInstalled(ImportError):
-    """A provider's module is not there at all, as against one that fails to load."""
+    """A provider's module is not installed. A module that fails to load raises other errors."""
 
 
 def _try_to_load(provider: Provider) -> Kernel | Exception:
@@ -198,7 +205,7 @@ def _try_to_load(provider: Provider) -> Kernel | Exception:
         return _NotInstalled(f"no module {missing}")
     try:
         return provider.load()
-    except Exception as error:  # a broken binary may raise anything; it is told, never dropped
+    except Exception as error:  # a broken binary may raise anything; the user is told
         return error
 
 

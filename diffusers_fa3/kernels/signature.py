@@ -1,6 +1,7 @@
-"""What a callable says of itself, read once: argument names, and whether `out` is one of them.
+"""The arguments of a callable, read once: their names, and whether `out` is one of them.
 
-A raw op is asked by its schema, everything else by `inspect`. Nothing is ever tried out by calling.
+Raw ops are read from their schema, all other callables by `inspect`. No callable is called to find
+out.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 Facts = TypeVar("Facts")
 
 LSE_SWITCHES = ("return_lse", "return_softmax_lse", "return_attn_probs")
-"""What kernels call the request for a log-sum-exp, the plainest first: where a function has two,
-the later also returns probabilities."""
+"""The names that kernels have for the argument that asks for the log-sum-exp, by preference: if a
+function has two of these arguments, the later one also returns probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +28,29 @@ class Signature:
     """The arguments of a callable."""
 
     names: tuple[str, ...] = ()
-    """All that may be passed by name."""
+    """Arguments that may be passed by name."""
     positional: tuple[str, ...] = ()
-    """Those that may be passed by position, in order; positional-only ones included."""
+    """Arguments that may be passed by position, in order; includes positional-only arguments."""
     required: tuple[str, ...] = ()
-    """Those without a default."""
+    """Arguments without a default."""
     any_name: bool = False
-    """`**kwargs` of which nothing says what becomes of it."""
+    """Whether the callable takes `**kwargs`, with no hint of the names that it accepts."""
     bound: tuple[str, ...] = ()
-    """Names for which a `functools.partial` has a value already."""
+    """Arguments that a `functools.partial` gives by name."""
     members: int | None = None
-    """How many values it returns, 0 for a list; None where nothing says so."""
+    """The number of values that the callable returns, 0 for a list; None if unknown."""
 
     @property
     def lse_switch(self) -> str | None:
-        """The argument that asks for a log-sum-exp, if any."""
+        """The argument that asks for the log-sum-exp, or None."""
         return next((name for name in LSE_SWITCHES if name in self.names), None)
 
 
 class ByIdentity(Generic[Facts]):
-    """Something known of an object, by its identity and for as long as it lives.
+    """A cache of facts about objects, by identity, each for as long as its object lives.
 
-    Objects need not be hashable. A bound method is made anew by each access, so it is known by its
-    function.
+    Objects need not be hashable. Python makes a new bound method at each access, so bound methods
+    are cached by their function.
     """
 
     def __init__(self, read: Callable[[Any], Facts]) -> None:
@@ -57,7 +58,7 @@ class ByIdentity(Generic[Facts]):
         self._known: dict[tuple[int, bool], tuple[weakref.ref[Any], Facts]] = {}
 
     def __call__(self, thing: Any) -> Facts:
-        """What is known of `thing`, read now where it is new."""
+        """The facts about `thing`, read now if they are not cached."""
         known_by = thing.__func__ if isinstance(thing, MethodType) else thing
         key = (id(known_by), known_by is thing)
         known = self._known.get(key)
@@ -75,7 +76,7 @@ def is_raw_op(kernel: object) -> bool:
 
 
 def overload(op: Any) -> Any:
-    """The overload that a raw op stands for: its default one, or the first."""
+    """The overload of a raw op to use: `op` itself if it is one, else its default or first one."""
     if isinstance(op, torch._ops.OpOverload):
         return op
     overloads = op.overloads()
@@ -89,7 +90,7 @@ def _read_signature(kernel: Any) -> Signature:
         return _of_schema(overload(kernel)._schema)
     try:
         return _of_function(kernel)
-    except ValueError:  # a builtin that says nothing of itself
+    except ValueError:  # a builtin without a signature
         return Signature()
 
 
@@ -119,7 +120,7 @@ def _of_partial(kernel: functools.partial[Any]) -> Signature:
 
 
 def _of_function(function: Any) -> Signature:
-    """By its own parameters; by those of the function it wraps only where it hands names on."""
+    """From its own parameters; if it wraps a function and takes `**kwargs`, from both."""
     parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     kinds = {p.kind for p in parameters}
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

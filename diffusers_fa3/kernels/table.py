@@ -1,4 +1,4 @@
-"""What `available_kernels` returns: a row per provider, and rows that print as a table."""
+"""The result of `available_kernels`: a row per provider, printed as a table."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from diffusers_fa3.kernels.contract import Kernel, Provider
 
 @dataclass(frozen=True, slots=True)
 class KernelRow:
-    """One provider on one machine."""
+    """One provider, judged on one machine."""
 
     name: str
     version: str
-    """Distribution and version; empty where nothing was loaded."""
+    """Distribution and version; empty if the kernel was not loaded."""
     accepted: bool
     reasons: tuple[str, ...]
-    """Why it is rejected; empty where it is accepted."""
+    """Why the kernel is rejected; empty if it is accepted."""
     out: Literal["native", "copy", ""]
-    """How `out` is served; empty where nothing was loaded."""
+    """How `out` is served; empty if the kernel was not loaded."""
     install: str
-    """What to type to get it."""
+    """The command that installs the package."""
 
     @classmethod
     def of(cls, provider: Provider, kernel: Kernel, reasons: Sequence[str]) -> KernelRow:
-        """The row of a kernel that was loaded."""
+        """The row of a loaded kernel; `reasons` is empty if it is accepted."""
         return cls(
             provider.name,
             kernel.version,

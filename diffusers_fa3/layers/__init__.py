@@ -1,12 +1,16 @@
-"""Diffusers' attention layers on the attention of this package.
+"""Diffusers' attention layers, run on the attention of this package.
 
-Read `enable` first (the switch), then `processor` and `rebind` (what a switched layer runs) and
-`calls` (what its attention call becomes). `given` recognises a mask that a processor makes anew in
-every layer; `block_masks` spares a few blocks laying out S x S; `pads` lists models that never read
-padded tokens; `coverage_report` says what became of every call. `dispatcher` is `register()`.
+Read `enable` first: it switches layers. `processor` and `rebind` make the processor that a switched
+layer runs; `names` renames the attention calls in its code. These calls reach the functions in
+`calls`, which ask the `frame` of the running layer for a kernel. `record` counts each call, and
+`coverage_report` builds the report.
 
-Only this room, `parallel` and `tools` know diffusers; `host` lists its inner parts that are used.
-Nothing of diffusers is patched but by `dispatcher`, and only between `register` and `unregister`.
+`given` recognises a mask that a processor rebuilds in every layer. `block_masks` saves a few blocks
+from building an S x S mask. `pads` lists the models that never read attention's output at padded
+tokens. `dispatcher` is `register()` and `unregister()`.
+
+Only `layers` and `tools` import diffusers. `host` lists the diffusers internals that are used. Only
+`dispatcher` patches diffusers, and only between `register()` and `unregister()`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hooks on the blocks of diffusers that lay out S x S only to say which tokens are padding."""
+"""Hooks for diffusers blocks that build an S x S mask only to mark padded tokens."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ BLOCKS = (
     "ChromaTransformerBlock",
     "HunyuanVideo15TransformerBlock",
 )
-"""Classes of diffusers whose forward, or whose attention, multiplies its (B, S) mask by itself.
+"""Classes of blocks that multiply their (B, S) mask by itself, in `forward` or in attention.
 
-Chroma's pipelines pass it 0 and 1 as floats, which PyTorch's attention adds to the logits. That too
-is told from the factors.
+Chroma's pipelines pass a float mask of 0 and 1, which PyTorch's attention adds to the logits. For
+such a mask, `read_mask` says "bias" without laying out S x S.
 """
 
 ARGUMENT = "attention_mask"
 
 
 def spread_masks_of(block: nn.Module) -> None:
-    """Have a block of `BLOCKS` be given its mask as a `SpreadMask`; leave any other module."""
+    """Hook a block of `BLOCKS` so that it gets its mask as a `SpreadMask`; skip other modules."""
     if type(block).__name__ in BLOCKS and _spread not in block._forward_pre_hooks.values():
         block.register_forward_pre_hook(_spread, with_kwargs=True)
 
 
 def lay_out_masks_of(block: nn.Module) -> None:
-    """Undo `spread_masks_of`."""
+    """Remove the hook of `spread_masks_of`."""
     for key, hook in list(block._forward_pre_hooks.items()):
         if hook is _spread:
             del block._forward_pre_hooks[key]
@@ -57,6 +57,6 @@ def _spread(
 
 @cache
 def _place(forward: Callable[..., Any]) -> int:
-    """Where the mask stands among the arguments by position."""
+    """The position of the mask among the positional arguments."""
     _, *names = inspect.signature(forward).parameters
     return names.index(ARGUMENT)

@@ -1,7 +1,8 @@
-"""What a processor calls in place of PyTorch's and diffusers' attention.
+"""The functions that a switched processor calls instead of PyTorch's and diffusers' attention.
 
-The two functions below have the names and signatures of those that they replace. They hand the call
-to the `Frame` of the layer that is running, and where no kernel serves it, to those they replace.
+`scaled_dot_product_attention` and `dispatch_attention_fn` have the names and signatures of the
+functions that they replace. They ask the `Frame` of the running layer to serve the call by a
+kernel. If no kernel serves it, they call the original.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, as a switched processor sees it."""
+    """Replaces `torch.nn.functional.scaled_dot_product_attention` in a switched processor."""
     frame = running.frame
     if frame is not None:
         if dropout_p > 0:
@@ -68,7 +69,7 @@ def dispatch_attention_fn(
     parallel_config: Any = None,
     **later: Any,
 ) -> Tensor:
-    """Diffusers' `dispatch_attention_fn`, as a switched processor sees it: tensors (B, S, H, D)."""
+    """Replaces diffusers' `dispatch_attention_fn` in a switched processor; takes (B, S, H, D)."""
     frame = running.frame
     if frame is not None:
         reason = _why_not_dispatched(attention_kwargs, backend, later)
@@ -109,7 +110,7 @@ def dispatch_attention_fn(
 def _why_not_dispatched(
     attention_kwargs: dict[str, Any] | None, backend: Any, later: dict[str, Any]
 ) -> str:
-    """Why a call is meant for another backend; empty where it is not."""
+    """Why the call must go to another backend; empty if a kernel may serve it."""
     pinned = getattr(backend, "value", backend)
     if pinned not in (None, "fa3"):
         return f"the layer is set to backend {pinned}"
@@ -130,16 +131,16 @@ def try_dispatched(
     scale: float | None,
     parallel_config: Any,
 ) -> Tensor | None:
-    """`Frame.try_kernel` for the arguments that diffusers' backends get: tensors (B, S, H, D)."""
+    """`Frame.try_kernel`, for the arguments of a diffusers backend; tensors are (B, S, H, D)."""
     if parallel_config is not None:
         frame.decline("context parallelism")
     elif dropout_p > 0:
         frame.decline("attention dropout")
-    elif not isinstance(mask, (Tensor, NoneType)):  # Dynamo of torch 2.9 knows no Tensor | None
+    elif not isinstance(mask, (Tensor, NoneType)):  # Dynamo of torch 2.9 fails on Tensor | None
         frame.decline(f"mask of type {type(mask).__name__}")
     else:
-        # diffusers' native backend reads a 2-D mask as (B, Sk) where it is one, and leaves any
-        # other to SDPA, which takes it as (Sq, Sk).
+        # diffusers' native backend reads a 2-D mask of shape (B, Sk) as a key mask. It passes any
+        # other 2-D mask to SDPA, which reads it as (Sq, Sk).
         per_key = mask is not None and mask.shape == (query.shape[0], key.shape[1])
         return frame.try_kernel(
             query,

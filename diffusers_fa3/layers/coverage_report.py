@@ -1,4 +1,4 @@
-"""What the attention layers of a model did: on which kernel and route, or why not."""
+"""The coverage report: the kernel and route of each attention call, or why no kernel served it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from diffusers_fa3.layers.record import LayerRecord
 
 @dataclass(frozen=True)
 class Row:
-    """One attention layer."""
+    """One attention layer, or all compiled graphs of one switch."""
 
     name: str
     processor: str
-    """Class of the layer's own processor."""
+    """Class name of the layer's own processor."""
     kernel: str
-    """What served its calls; before the first, what was asked for; "default" if not switched."""
+    """The kernels that served the layer's calls; before the first such call, the kernel that the
+    user asked for; "default" if the layer is not switched."""
     calls: dict[str, int]
-    """Calls on the kernel, by route."""
+    """Calls that a kernel served, by route."""
     fallbacks: dict[str, int]
     """Calls that the default attention served, by reason."""
     replaced: bool = False
-    """It was switched by `enable_fa3`, and then given another processor, which is not."""
+    """The layer was switched, and then got another processor, which is not switched."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """A row for each attention layer; `str()` is a table, `to_dict()` is JSON."""
+    """A row for each attention layer. `str()` gives a table, `to_dict()` a dict ready for JSON."""
 
     rows: tuple[Row, ...]
     plans_made: int
@@ -39,16 +40,16 @@ class Coverage:
 
     @property
     def calls(self) -> int:
-        """Attention calls on a kernel."""
+        """Attention calls that a kernel served."""
         return sum(sum(row.calls.values()) for row in self.rows)
 
     @property
     def fallbacks(self) -> int:
-        """Attention calls that the default attention served after the layer was switched."""
+        """Attention calls that the default attention served since the layer was switched."""
         return sum(sum(row.fallbacks.values()) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and ints."""
+        """The report as plain dicts, lists, strings, ints and bools."""
         return {
             "calls": self.calls,
             "fallbacks": self.fallbacks,
@@ -81,10 +82,11 @@ class Coverage:
 
 
 def compiled_row(switch_id: int) -> Row | None:
-    """What compiled graphs did for an switch_id of layers; None where there are none.
+    """The row of all compiled graphs of one switch; None if they have no attention call.
 
-    A graph cannot count on a layer, or it would be compiled anew for each: so it is one row. Calls
-    are counted as they run, but for replays of a CUDA graph; fallbacks once per compilation.
+    The layers share this row: a graph that counted on its layer would be compiled once per layer.
+    Calls are counted when they run, except in replays of a CUDA graph. Fallbacks are counted once
+    per compilation.
     """
     ran = {key: n for key, n in executed.items() if key[0] == switch_id}
     left = {reason: n for (of, reason), n in declined.items() if of == switch_id}
@@ -98,7 +100,7 @@ def compiled_row(switch_id: int) -> Row | None:
 
 
 def row_of(name: str, processor: Any, record: LayerRecord | None, was_switched: bool) -> Row:
-    """The row of a layer; `record` is None where it is not switched."""
+    """The row of a layer; `record` is None if the layer is not switched."""
     if record is None:
         return Row(name, type(processor).__name__, "default", {}, {}, replaced=was_switched)
     kernels = sorted({kernel for kernel, _ in record.calls})
@@ -122,7 +124,7 @@ class _Group:
 
 
 def _alike(rows: tuple[Row, ...]) -> list[_Group]:
-    """Rows that differ in nothing but the numbers in their names, in order of appearance."""
+    """Groups of rows that are equal up to the numbers in their names, in order of appearance."""
 
     def likeness(row: Row) -> tuple[object, ...]:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)

@@ -1,4 +1,4 @@
-"""One run of a switched layer's processor: its attention calls, on a kernel or counted why not."""
+"""One run of a switched layer's processor: tries a kernel for each attention call, and counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusers_fa3.masks import Axes2D, Plan, PlanCache, sources_of
 PLANS = PlanCache(verify=os.environ.get("DIFFUSERS_FA3_VERIFY_PLANS") == "1")
 
 LEAVE_ATTENTION_OUT = frozenset({"LTX2PerturbedAttnProcessor"})
-"""Processors that make no attention call where that is what they are told to do."""
+"""Classes of processors that make no attention call when the caller asks them to skip attention."""
 
 
 class Frame:
@@ -59,7 +59,7 @@ class Frame:
         causal: bool,
         axes_2d: Axes2D,
     ) -> Tensor | None:
-        """The kernel's output, or None, counted, where the default attention is to serve."""
+        """The kernel's output; or None, with the reason counted, if the default must serve."""
         unseen = _what_a_kernel_would_miss(mask)
         if unseen:
             self.decline(unseen)
@@ -91,15 +91,16 @@ class Frame:
         return answer.out
 
     def decline(self, reason: str) -> None:
-        """The default attention is to serve this call; no kernel need be asked."""
+        """Count a call that goes to the default attention without asking for a kernel."""
         self.attention_calls += 1
         self.record.decline(reason, InputError(f"{reason}: no kernel takes this"))
 
     def _find_plan(self, mask: Tensor, call: object, make: Callable[[], Plan]) -> Plan:
-        """The plan of an earlier layer that was given the same masks, or of this very mask.
+        """The plan of `mask`, from the cache or new.
 
-        Many of diffusers' processors build the mask of their attention call anew, in every layer,
-        from what they were given; there it is that which is recognised.
+        Many diffusers processors build a new mask tensor in every layer, from the same arguments.
+        For these masks the cache key is the arguments instead of the tensor, so layers share a
+        plan.
         """
         sources, certain = sources_of(mask), True
         given = read_arguments(self.record.processor, self.args, self.kwargs)
@@ -114,13 +115,14 @@ class Frame:
 
 
 def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
-    """What only PyTorch's attention can follow; empty where there is nothing of the kind."""
+    """Why only PyTorch's attention can serve the call; empty if a kernel can serve it."""
     if mask is not None and mask.is_meta:
         return "mask on the meta device, where it has no content"
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # torch gives it no types
     for mode in modes:
-        # torch's own give new tensors a device. diffusers' perturbed-attention guidance sets one
-        # that has PyTorch's attention return v. One that only looks on says so.
+        # torch's own modes set the device of new tensors. diffusers' perturbed-attention guidance
+        # sets a mode that makes PyTorch's attention return v. A mode that only observes calls says
+        # so by `leaves_attention_alone`.
         looks_on = getattr(mode, "leaves_attention_alone", False)
         if not (looks_on or type(mode).__module__.startswith("torch.")):
             return f"{type(mode).__name__} is active, which may replace PyTorch's attention"
@@ -129,7 +131,7 @@ def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        # On the instance from the first: Dynamo guards that it is there.
+        # Set on the instance at once, since Dynamo guards that the attribute is there.
         self.frame: Frame | None = None
 
 

@@ -1,4 +1,4 @@
-"""What a processor was given: by that, a mask is recognised which it makes anew in every layer."""
+"""A processor's arguments, by which a mask that it rebuilds in every layer is recognised."""
 
 from __future__ import annotations
 
@@ -16,34 +16,37 @@ from diffusers_fa3.masks import base_of, sources_of
 
 @dataclass(slots=True)
 class Given:
-    """The arguments of one run of a processor, but for activations and modules."""
+    """The arguments of one run of a processor, without activations and modules."""
 
     masks: list[Tensor] = field(default_factory=list)
     rest: list[object] = field(default_factory=list)
-    """Names and values of all else that a mask may be made of, hashable."""
+    """Names and values, hashable, of all other arguments that a mask may be made of."""
 
     def holds(self, sources: Iterable[Tensor]) -> bool:
-        """Whether a mask of these sources is one of those that were given, or a view of it."""
+        """Whether the mask that has these sources is one of the given masks, or a view of one."""
         bases = {id(base_of(mask)) for mask in self.masks}
         return bases.issuperset(id(base_of(source)) for source in sources)
 
     def settles(self, made: Tensor) -> bool:
-        """Whether a mask that the processor made says no more than what it was given.
+        """Whether a mask that the processor made follows from the given arguments alone.
 
-        Additive values that differ from query to query may be a bias, of weights and activations,
-        even where this layer's are all 0 (RFD4 Proteina); unless a mask of queries and keys was
-        given.
+        An additive mask with a row for each query may be a bias, computed from weights and
+        activations, even if it is all 0 in this layer (RFD4 Proteina). It counts as settled only
+        if a given mask has the same (Sq, Sk) axes.
         """
         if not made.is_floating_point() or made.shape[-2] == 1 or made.stride(-2) == 0:
             return True
-        # Two axes alone may be samples and keys, as many as there are queries.
+        # A given 2-D mask does not count: it may be (B, Sk) with B = Sq.
         return any(mask.ndim > 2 and mask.shape[-2:] == made.shape[-2:] for mask in self.masks)
 
 
 def read_arguments(
     processor: object, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Given | None:
-    """What a processor of diffusers was given; None where an argument could hide a mask."""
+    """The arguments of a diffusers processor, sorted.
+
+    None if an argument could hide a mask, and for processors that are not from diffusers.
+    """
     if not _is_of_diffusers(processor):
         return None
     processor_class: Any = type(processor)
@@ -56,7 +59,7 @@ def read_arguments(
 
 
 def _sort(name: str, value: object, given: Given) -> bool:
-    """Put an argument where it belongs; False where it could hide a mask."""
+    """Store an argument in `given`; False if the argument could hide a mask."""
     if isinstance(value, Tensor):
         if "mask" in name or not (value.is_floating_point() or value.is_complex()):
             given.masks.extend(sources_of(value))
@@ -71,7 +74,7 @@ def _sort(name: str, value: object, given: Given) -> bool:
         return True
     if isinstance(value, nn.Module):
         return True
-    # A cache of keys and values, for one: what it holds is sorted as if it were an argument.
+    # For example a cache of keys and values: its attributes are sorted like arguments.
     return _holds_values(value) and all(
         not _holds_values(item) and _sort(held, item, given) for held, item in vars(value).items()
     )

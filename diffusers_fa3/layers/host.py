@@ -1,7 +1,6 @@
-"""What this package uses of diffusers' inner parts: all of it, in one place.
+"""The diffusers internals that this package uses, all listed in one place.
 
-A release of diffusers in which one of them is missing is told so by name, before anything is
-switched, instead of failing somewhere within.
+If the installed diffusers lacks one of them, an error names it before anything is switched.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import diffusers
 from diffusers_fa3.errors import UnsupportedVersionError
 
 TRIED = ("0.36.0", "0.42.1")
-"""The oldest and the newest release of diffusers that the tests were run with."""
+"""The oldest and the newest diffusers release that the tests were run with."""
 
 REQUIRED = (
-    # calls.py and rebind.py: what processors call
+    # calls.py and rebind.py: the function that processors call
     ("models.attention_dispatch", "dispatch_attention_fn"),
-    # dispatcher.py: what `register` patches, and the rows of the process-wide registry
+    # dispatcher.py: the methods that `register` patches, and the process-wide backend registry
     ("models.attention", "AttentionModuleMixin.set_processor"),
     ("models.attention_dispatch", "AttentionBackendName.NATIVE"),
     ("models.attention_dispatch", "_AttentionBackendRegistry._active_backend"),
@@ -34,10 +33,11 @@ REQUIRED = (
 
 
 def check() -> None:
-    """See that the installed diffusers has all that is needed.
+    """Check that the installed diffusers has everything that `REQUIRED` lists.
 
     Raises:
-        UnsupportedVersionError: with the name, the release that is installed and those that work.
+        UnsupportedVersionError: a name is missing. The message gives the name, the installed
+            release and the releases that work.
     """
     for module, path in REQUIRED:
         try:

@@ -1,8 +1,8 @@
-"""The names in a function's code: what they lead to, and the same code with other names.
+"""Find what the names in a function's code lead to, and copy the code with some names replaced.
 
-A function finds a global, or an attribute of a module, by a name that its code lists once for all
-instructions that use it. A changed list is a changed function: nothing is compiled, nothing runs
-slower, and whatever the names do not concern stays as it was.
+Bytecode loads a global, or an attribute of a module, through an entry of `co_names`. All
+instructions that use the name share this entry, so a copy with another entry loads another object.
+The copy is not compiled again, runs as fast, and is otherwise the same.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _FLAG_BITS = {
     "LOAD_ATTR": int(sys.version_info >= (3, 12)),
     "LOAD_METHOD": 0,
 }
-"""Instructions that load a value by a name; how many low bits of their argument are no index."""
+"""Opcode that loads a value by name -> the number of low argument bits that are flags."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Load:
-    """One instruction that loads a global, or an attribute of a module that was loaded so."""
+    """One instruction that loads a global, or an attribute of a module loaded just before."""
 
     offset: int
     name: str
     namespace: dict[str, Any]
-    """Where the name is looked up: the function's globals, or the module's."""
+    """The globals in which the name is looked up: the function's, or the module's."""
     value: Any
-    """What it leads to now; None where it leads nowhere."""
+    """The object that the name leads to now; None if there is no such name."""
 
 
 def loads(code: CodeType, namespace: dict[str, Any]) -> Iterator[Load]:
-    """All such instructions of a function's own code, in order; not of functions defined in it."""
+    """The loads in a function's own code, in order, without those of functions defined in it."""
     value: Any = None
     for instruction in dis.get_instructions(code):
         if instruction.opname == "EXTENDED_ARG":
@@ -55,16 +55,16 @@ def loads(code: CodeType, namespace: dict[str, Any]) -> Iterator[Load]:
 def renamed(
     code: CodeType, namespace: dict[str, Any], new_name: Callable[[Load], str | None]
 ) -> CodeType:
-    """A code object of its own, functions defined in it included, with some loads by other names.
+    """A copy of the code, and of the functions defined in it, with some loads renamed.
 
     Args:
-        code: of a function.
-        namespace: its globals.
-        new_name: the name that a load is to go by; None for the one that it has.
+        code: the code of a function.
+        namespace: the function's globals.
+        new_name: returns the new name of a load, or None to keep the name.
 
     Raises:
-        UnsupportedModelError: the code shares a name between what is renamed and what is not, and
-            has more names than an instruction can tell apart in place.
+        UnsupportedModelError: only some of the loads that share a name are to be renamed, and the
+            instructions have no room for the index of a new name.
     """
     names, bytecode = list(code.co_names), bytearray(code.co_code)
     changed = {
@@ -93,7 +93,7 @@ def _uses_name(instruction: dis.Instruction) -> bool:
 def _point_at(
     bytecode: bytearray, instruction: dis.Instruction, index: int, code: CodeType
 ) -> None:
-    """Have an instruction use another entry of the list of names."""
+    """Make an instruction use another entry of `co_names`."""
     assert instruction.arg is not None
     bits = _FLAG_BITS[instruction.opname]
     low, high = index << bits | instruction.arg & (1 << bits) - 1, instruction.arg >> 8

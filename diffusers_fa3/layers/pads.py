@@ -1,4 +1,4 @@
-"""Models in which nothing reads what attention gives for padded tokens: they need no queries."""
+"""Models that never read attention's output at padded tokens, which then need no queries."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ PADS_UNREAD = {
     "QwenImageTransformer2DModel": r"",
     "ZImageTransformer2DModel": r"^(context_refiner|layers)\.",
 }
-"""Model class -> its layers, by name, in which tokens attend to each other under their own mask.
+"""Model class -> regular expression for the names of its self-attention layers that qualify.
 
-Here the model itself makes the mask, of text alone or of what it pads by itself, masks these tokens
-in every layer and returns none of them: `tests/test_pack_queries.py`. Where a caller's mask comes
-to the attention as it is, as in Flux, it may mask tokens that are returned.
+The model builds the mask itself. The mask marks padded text, or tokens that the model itself added
+as padding. The model masks these tokens in every layer and returns none of them, as
+`tests/test_pack_queries.py` checks. A model that passes the caller's mask on to attention, as Flux
+does, is not listed: such a mask may cover tokens that the model returns.
 """
 
 
@@ -32,7 +33,7 @@ def layers_that_pack_queries(model: nn.Module) -> set[str]:
     """Names of the modules of a model in which padded tokens may be left out as queries.
 
     Raises:
-        UnsupportedModelError: it is not known to leave their rows unread.
+        UnsupportedModelError: the model's class is not in `PADS_UNREAD`.
     """
     name = type(model).__name__
     if name not in PADS_UNREAD:

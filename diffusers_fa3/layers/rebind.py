@@ -1,11 +1,12 @@
-"""A processor's functions once more, in which the names of attention lead to `calls`.
+"""Copies of a processor's functions whose attention calls lead to `calls`.
 
-Only functions that lead to an attention call are bound anew, helpers of their module included. The
-new function is the old one, globals and all, but for the names of these calls: they get a prefix,
-and our functions lie under these names where the old ones lie. So everything else is the module's
-own, as it is at the time of the call, and nothing that was there before is touched.
+Only functions that lead to an attention call are copied, including helper functions of the same
+module. A copy shares the globals of the original. Its code differs only in the names of attention
+functions and helpers, which get the prefix `_fa3_`. The prefixed names are added beside the old
+names, and lead to our functions and to the copied helpers. So a copy sees all other globals as they
+are at the time of the call, and no existing name is changed.
 
-Not reached this way: attention called by a function of another module, or of a decorated one.
+Not reached: attention called by a function of another module, or by a decorated function.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ _ATTENTION = tuple(
         (attention_dispatch, calls.dispatch_attention_fn),
     )
 )
-"""(where it lies, its name, the function itself, ours)"""
+"""(namespace of the original, its name, the original, our function)"""
 
 _lock = RLock()
 _copies: dict[FunctionType, FunctionType] = {}
 
 
 def bases_on_ours(cls: type) -> tuple[type, ...]:
-    """The bases of a class that is `cls` with its attention calls on ours.
+    """Bases for a class that does what `cls` does, with attention calls that lead to ours.
 
-    In its MRO each class that has functions to bind anew comes right behind one that has just
-    these. So an override stays an override, and `super()` goes the way that it went.
+    In the MRO, each class that has functions to copy comes right after a subclass that has only the
+    copies. So an override stays an override, and `super()` goes through the same classes.
 
     Raises:
-        UnsupportedModelError: a function cannot be bound anew; see `names.renamed`.
+        UnsupportedModelError: a function cannot be copied; see `names.renamed`.
     """
     twins = {base: twin for base in cls.__mro__ if (twin := _twin(base)) is not None}
     first = [twins.pop(cls)] if cls in twins else []
@@ -53,7 +54,7 @@ def bases_on_ours(cls: type) -> tuple[type, ...]:
 
 @functools.cache
 def _twin(cls: type) -> type | None:
-    """A subclass with those functions of `cls` itself that lead to attention; None without any."""
+    """A subclass with copies of `cls`'s own functions that lead to attention; None if none do."""
     with _lock:
         members = {
             name: _rebind_member(member)
@@ -67,9 +68,10 @@ def _twin(cls: type) -> type | None:
 
 
 class Helpers:
-    """Functions of a class's modules through which it leads to attention.
+    """The helper functions through which a processor class leads to attention.
 
-    They are bound anew when the class is; one that is defined again, as in a notebook, is followed.
+    They are copied when the class is wrapped. If a helper is defined again later, as in a notebook,
+    `follow` copies the new function.
     """
 
     def __init__(self, taken: list[Load]) -> None:
@@ -77,14 +79,14 @@ class Helpers:
 
     @classmethod
     def of(cls, processor_class: type) -> Helpers | None:
-        """Those of a class; None where there are none."""
+        """The helpers of a class; None if it has none."""
         members = [member for base in processor_class.__mro__ for member in vars(base).values()]
         functions = [function for member in members for function in _functions_of(member)]
         taken = list(_helper_loads(functions))
         return cls(taken) if taken else None
 
     def follow(self) -> None:
-        """Put what the names lead to now in the place of what they led to before."""
+        """Update the prefixed name of each helper whose own name leads to a new object."""
         for i, load in enumerate(self._taken):
             now: Any = load.namespace.get(load.name)
             if now is load.value:
@@ -97,7 +99,7 @@ class Helpers:
 
 
 def _helper_loads(functions: Iterable[FunctionType]) -> Iterator[Load]:
-    """Where functions load helpers that lead to attention, and where these do."""
+    """The loads of helpers that lead to attention, in `functions` and in these helpers."""
     waiting, seen = list(functions), set[object]()
     while waiting:
         function = waiting.pop()
@@ -126,9 +128,9 @@ def _rebind_member(member: Any) -> Any:
 
 
 def _leads(function: FunctionType) -> bool:
-    """Whether a function calls attention, by itself or by helpers of its module.
+    """Whether a function calls attention, itself or through helpers of its module.
 
-    Linear attention does not, nor do scores and softmax written by hand.
+    Linear attention does not count, nor do scores and softmax written by hand.
     """
     waiting, seen = [function], {function}
     while waiting:
@@ -142,7 +144,7 @@ def _leads(function: FunctionType) -> bool:
 
 
 def _all_loads(function: FunctionType) -> Iterator[Load]:
-    """The loads of a function and of those that are defined in it."""
+    """The loads of a function, and of the functions defined in it."""
     waiting = [function.__code__]
     while waiting:
         code = waiting.pop()
@@ -151,7 +153,7 @@ def _all_loads(function: FunctionType) -> Iterator[Load]:
 
 
 def _ours(load: Load) -> Callable[..., Any] | None:
-    """Our function in the place of an attention function, however that is imported and spelled."""
+    """Our function, if the load gives an attention function, however imported or spelled."""
     for namespace, name, attention, ours in _ATTENTION:
         if load.value is attention or (load.namespace is namespace and load.name == name):
             return ours
@@ -163,7 +165,7 @@ def _is_helper(load: Load, function: FunctionType) -> bool:
 
 
 def _rebind(function: FunctionType) -> FunctionType:
-    """A function that leads to attention, with names that lead to ours, which are put in place."""
+    """Copy a function that leads to attention, and add what the prefixed names lead to."""
     if function in _copies:
         return _copies[function]
     taken: list[Load] = []
@@ -180,7 +182,7 @@ def _rebind(function: FunctionType) -> FunctionType:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function)
-    del vars(copy)["__wrapped__"]  # it is no wrapper: the signature is its own
+    del vars(copy)["__wrapped__"]  # a copy is no wrapper: it has its own signature
     for load in taken:
         load.namespace[PREFIX + load.name] = _ours(load) or _rebind(load.value)
     return copy

@@ -1,4 +1,4 @@
-"""What the user asked for, and what became of it: the record of each switched layer."""
+"""The record of each switched layer: what the user asked for, and how its calls were served."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ Fallback = Literal["warn", "error", "silent"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for, shared by the layers that were switched together."""
+    """The user's options, shared by the layers that were switched together."""
 
     kernel: KernelChoice = "auto"
     fallback: Fallback = "warn"
     warned: set[tuple[str, str]] = field(default_factory=set, init=False, compare=False)
-    """(processor class, reason) of the warnings that were given."""
+    """(processor class, reason) of each warning given so far."""
     switch_id: int = field(default_factory=count(1).__next__, init=False, compare=False)
-    """By which compiled graphs know whose calls they make: they cannot count on a layer."""
+    """The number under which compiled graphs count calls, since they cannot count on a layer."""
 
     def options(self) -> dict[str, Any]:
-        """What the user can say, by name."""
+        """The options that the user can set, by name."""
         return {option.name: getattr(self, option.name) for option in fields(self) if option.init}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is another switch, with the same options."""
+        """Copy as a switch of its own, with the same options and a new `switch_id`."""
         return functools.partial(Settings, **self.options()), ()
 
 
 @dataclass(eq=False)
 class LayerRecord:
-    """A switched layer: the processor that it had, and what became of its attention calls."""
+    """A switched layer's own processor, and the counts of its attention calls."""
 
     processor: Any
-    """None: no single layer, but diffusers' process-wide backend."""
+    """None for diffusers' process-wide backend, which knows no layers, and for a request."""
     settings: Settings
     name: str = ""
     pack_queries: bool = False
-    """Whether padded tokens are left out as queries, too."""
+    """Whether padded tokens are left out as queries too."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By kernel and route."""
+    """Calls that a kernel served, by kernel and route."""
     fallbacks: Counter[str] = field(default_factory=Counter)
-    """By reason."""
+    """Calls that the default attention served, by reason."""
     plans_made: int = 0
     plans_reused: int = 0
 

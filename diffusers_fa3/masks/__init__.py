@@ -1,10 +1,11 @@
-"""What a mask means, and the plan that follows.
+"""What a mask means, and the plan for its attention call.
 
-Read `meaning` first: the few things that a mask can mean to a kernel. `read` finds which of them it
-is, `rows` where queries differ. `planning` makes the plan; `packing` is the plan, which packs and
-unpacks. `plan_cache` finds a plan again. `outer` has mask types that spare laying out S x S.
+Reading order: `meaning` lists what a mask can mean to a kernel. `read` finds the meaning of a given
+mask; `rows` does so for masks that depend on the query. `planning` makes a plan from the meaning;
+`packing` is the plan itself, which packs and unpacks tensors. `plan_cache` reuses plans across
+layers. `outer` has mask types that avoid laying out S x S.
 
-Nothing here knows kernels or diffusers. Whatever is decided about a mask is decided here.
+These files know neither kernels nor diffusers. Every decision about a mask is made here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a mask can mean to a variable-length kernel: one record for each way of saying it."""
+"""What a mask can mean to a variable-length kernel: one record for each kind of mask."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AllValid:
-    """Every query sees every key: the mask says nothing."""
+    """Every query sees every key: the mask has no effect."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Valid:
-    """Valid queries see valid keys; rows of other queries are empty.
+    """Every valid query sees every valid key; other queries see no key.
 
-    `keys` is (B or 1, Sk) bool. `queries` is (B or 1, Sq) bool, or None where every query counts.
-    The lengths, one for each row of `keys` and `queries`, are on the host already.
+    `keys` is (B or 1, Sk) bool. `queries` is (B or 1, Sq) bool, or None if every query is valid.
+    `k_lens` and `q_lens` count the valid keys and queries in each row; they are on the host.
     """
 
     keys: Tensor
     k_lens: tuple[int, ...]
     k_leading: bool
-    """The valid keys of each sample are its first: right padding, or none."""
+    """In each sample, all valid keys come before all padding (right padding or no padding)."""
     queries: Tensor | None = None
     q_lens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Query i sees keys from i - left to i + right, the last query being level with the last key.
+    """A sliding window, aligned bottom-right: the last query is level with the last key.
 
-    -1 is no limit, as FlashAttention's `window_size` has it. (-1, 0) is causal.
+    Query i sees the keys from i + Sk - Sq - left to i + Sk - Sq + right. -1 means no limit on that
+    side, as in FlashAttention's `window_size`. (-1, 0) is causal.
     """
 
     left: int
@@ -41,20 +42,24 @@ class Band:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequence:
-    """Queries of one sample that see the same keys: int64 positions in it, on the host."""
+    """A group of queries of one sample, and the keys that the group sees.
+
+    `queries` and `keys` are int64 positions in the sample, on the host.
+    """
 
     sample: int
     queries: Tensor
     keys: Tensor
     causal: bool
-    """The last query sees all keys, and each one before it one key less, from the end."""
+    """False: every query sees all `keys`. True: the last query does, the query before it all but
+    the last key, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Queries fall into groups that see alike; rows of queries in no group are empty.
+    """The groups of a mask that depends on the query. Queries in no group see no key.
 
-    `samples` is 1 where one mask serves the whole batch, else B.
+    `samples` is 1 if one mask serves the whole batch, else B.
     """
 
     sequences: tuple[Sequence, ...]
@@ -63,7 +68,7 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A mask that packing cannot express, and why."""
+    """A mask that packing cannot express, with the reason."""
 
     reason: str
 

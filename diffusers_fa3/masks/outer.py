@@ -1,10 +1,9 @@
-"""Masks that are not laid out: what is valid stays two factors, queries and keys.
+"""Masks kept as two factors, queries and keys, instead of being laid out as (B, 1, S, S).
 
-A few of diffusers' blocks make a (B, 1, S, S) mask of a (B, S) one, in every layer, only to say
-which tokens are padding: at 50,000 tokens that is 2.5 GB, written several times. Given a
-`SpreadMask`, they make an `OuterMask` by the very same operations, of which a plan is made without
-looking at S x S. Whatever else is done with either, the default attention included, has the mask
-that it would have had.
+In every layer, a few of diffusers' blocks expand a (B, S) padding mask to (B, 1, S, S): 2.5 GB at
+50,000 tokens, written several times. Given a `SpreadMask`, the same operations of the block produce
+an `OuterMask`, and the plan is made from its factors, without S x S. All other operations on a
+`SpreadMask` or an `OuterMask`, the default attention included, see the ordinary mask.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from diffusers_fa3.errors import MaskError
 
 
 class OuterMask(Tensor):
-    """A (B, 1, Sq, Sk) mask, `queries * keys`; laid out as soon as any operation asks for it.
+    """A (B, 1, Sq, Sk) mask, `queries * keys`; any operation on it lays it out first.
 
     Attributes:
-        whole: the mask laid out for good, where it was edited or a view of it was taken.
+        whole: the laid-out mask, kept from the first in-place edit or view on; None before.
     """
 
     whole: Tensor | None
@@ -42,7 +41,7 @@ class OuterMask(Tensor):
         return mask
 
     def __init__(self, queries: Tensor, keys: Tensor) -> None:
-        pass  # all is done where the tensor is made
+        pass  # __new__ does all of it
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch types it as a method
 
@@ -60,17 +59,18 @@ class OuterMask(Tensor):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Queries (B or 1, 1, Sq, 1), bool or float, and keys (B or 1, 1, 1, Sk), likewise.
+        """Queries (B or 1, 1, Sq, 1) and keys (B or 1, 1, 1, Sk), both bool or both float.
 
         Raises:
-            MaskError: one was edited since, of which the product would have known nothing.
+            MaskError: a factor was edited in place after the multiplication. An ordinary product
+                would not show that edit; this one would.
         """
         if self._versions != self._versions_now():
             raise MaskError("a mask was edited in place after it was multiplied; edit a copy of it")
         return self._factors
 
     def laid_out(self) -> Tensor:
-        """The mask itself."""
+        """The mask as an ordinary (B, 1, Sq, Sk) tensor."""
         if self.whole is not None:
             return self.whole
         queries, keys = self.factors
@@ -81,7 +81,11 @@ class OuterMask(Tensor):
 
 
 class SpreadMask(Tensor):
-    """A mask, bool or float: repeated it is a view, multiplied by another one an `OuterMask`."""
+    """A bool or float mask that is expanded without a copy.
+
+    `repeat` gives a view; the product of two `SpreadMask` is an `OuterMask` where the layout of
+    both allows it.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,7 +110,7 @@ _STAYS = frozenset(
         Tensor.view,
     }
 )
-"""Operations after which a mask is still one that is spread out; any other gives a plain tensor."""
+"""Operations whose result stays a `SpreadMask`; any other operation gives a plain tensor."""
 
 
 def _repeat(mask: Tensor, *times: int) -> Tensor:
@@ -116,7 +120,7 @@ def _repeat(mask: Tensor, *times: int) -> Tensor:
 
 
 def _view(mask: Tensor, *shape: Any) -> Tensor:
-    """Any view that the copy would have allowed for which a repeated mask stands."""
+    """`view` for an expanded mask: `reshape` where `view` would only work on a repeated copy."""
     return mask.view(*shape) if isinstance(shape[0], torch.dtype) else mask.reshape(*shape)
 
 
@@ -135,20 +139,20 @@ def _product(multiply: Callable[..., Tensor], one: Tensor, two: Tensor) -> Tenso
 
 
 def _is_spread(mask: Tensor, axis: int) -> bool:
-    """Whether a mask says the same all along an axis, as its layout tells."""
+    """Whether a mask is constant along an axis by its layout: size 1 or stride 0."""
     return mask.shape[axis] == 1 or (mask.shape[axis] > 1 and mask.stride(axis) == 0)
 
 
 def can_be_spread(mask: Tensor) -> bool:
-    """Whether a mask is of a dtype that `SpreadMask` knows."""
+    """Whether a mask has a dtype that `SpreadMask` supports: bool or float."""
     return mask.dtype == torch.bool or mask.is_floating_point()
 
 
 def sources_of(mask: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that a mask consists of."""
+    """The tensors that hold a mask's values: both factors of an `OuterMask`, else the mask."""
     return mask.factors if is_in_factors(mask) else (mask,)
 
 
 def is_in_factors(mask: Tensor) -> TypeGuard[OuterMask]:
-    """Whether a mask need not be laid out to be read."""
+    """Whether a mask is an `OuterMask` that still is its factors (`whole` is None)."""
     return isinstance(mask, OuterMask) and mask.whole is None

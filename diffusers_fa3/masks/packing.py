@@ -1,4 +1,4 @@
-"""The plan of an attention call; from padded tensors to packed ones and back, by that plan."""
+"""The plan of an attention call: it packs padded tensors for the kernel and unpacks the result."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class PackingPlan:
     """How a call of one shape and mask reaches a variable-length kernel.
 
     Routes:
-        dense: the mask says nothing; tensors go to the kernel as they are.
-        band: the mask is causal or a sliding window, and so is the call; tensors go as they are.
-        seqused: the valid keys of each sample are its first; tensors go as they are, up to the last
-            key that is valid in any sample, with the number of valid keys where samples differ.
-        packed: valid keys are gathered, samples end to end; queries too where whole rows are
-            masked, and then the other rows of the output are 0. Where queries of one sample see
-            different keys, each group of them is a sequence, as a sample is otherwise.
-        static: nothing was read from the mask, as in a CUDA graph; as many keys are copied as there
-            were, the valid ones of each sample to the front, with their number, and one of them
-            again in the place of the others.
+        dense: the mask has no effect. The kernel gets q, k and v as they are.
+        band: the mask is causal or a sliding window, which the kernel is told. No copy.
+        seqused: right padding. The kernel gets views of k and v, cut after the last key that is
+            valid in any sample, and `seqused_k` unless every sample has that many valid keys.
+        packed: the valid keys of all samples are gathered, one sample after the other. Queries are
+            gathered too where whole rows are masked; their rows of the output are 0. If the
+            queries of a sample see different keys, each group of queries is one sequence.
+        static: for CUDA graphs and torch.compile. The plan is computed on the device, without
+            reading the mask. All B * Sk keys are copied: each sample's valid keys first, then one
+            valid key repeated in place of the padding. `seqused_k` counts the valid keys.
     """
 
     route: Route
@@ -35,63 +35,71 @@ class PackingPlan:
     q_len: int
     k_len: int
     lengths: Lengths = DENSE
-    """What the kernel is told of the samples: `cu_seqlens` and `max_seqlen` on route packed, where
-    a group of queries that see alike is a sample; `seqused_k` on routes seqused and static."""
+    """The kernel's length arguments: `cu_seqlens` and `max_seqlen` on route packed, where B counts
+    sequences (see Routes); `seqused_k` on routes seqused and static."""
     rows_v: Tensor | None = None
-    """int64 (B * S): for each key that goes to the kernel, where in B * Sk its value is taken from,
-    if that of padding must not be seen: there, from the sample's first key, or, where it has none,
-    from that of a sample that has. Route seqused."""
+    """int64 (B * E,), E being `end_key` or Sk: for each row of v that the kernel gets, the position
+    in B * Sk to copy it from, for kernels that read padding. A valid key keeps its own value.
+    Padding gets the value of its sample's first key; in a sample without valid keys, the value of
+    the first key of the sample with the most. Route seqused, where `seqused_k` is set."""
     indices_q: Tensor | None = None
-    """int64 (Tq,): positions in B * Sq of the queries that are kept; None: all of them. Route
-    packed."""
-    indices_k: Tensor | None = None
-    """int64 (Tk,): positions in B * Sk of the valid keys; (B * Sk,), of all keys, on static.
+    """int64 (Tq,): positions in B * Sq of the queries to gather. Route packed.
 
-    None: all of them, in order.
+    None: all queries, in order.
+    """
+    indices_k: Tensor | None = None
+    """int64 positions in B * Sk of the keys to gather: (Tk,) on route packed, (B * Sk,) on static.
+
+    None: all keys, in order.
     """
     causal: bool = False
-    """What the kernel is to be told, aligned at the last query and key. Routes band and packed."""
+    """The kernel's `causal`, aligned bottom-right. Routes band and packed."""
     window: tuple[int, int] = (-1, -1)
+    """The kernel's `window_size`, aligned bottom-right; -1 means no limit. Route band."""
     first_key: int = 0
-    """Keys before it are too far from every query, and left out. Route band."""
+    """Keys before this position are outside every query's window and are cut off. Route band."""
     end_key: int | None = None
-    """Keys from it on are padding in every sample, and left out. Route seqused."""
+    """Keys from this position on are padding in every sample and are cut off. Route seqused.
+
+    None: no key is cut off.
+    """
     also: PackingPlan | None = None
-    """A second launch, for queries that see keys causally where others do not, or the other way
-    round. Each launch gives rows of 0 for the queries of the other: the output is their sum."""
+    """A second kernel launch, if some groups of queries are causal and others are not: `self`
+    serves the others, `also` the causal groups. Each launch gives 0 in the rows of the other, so
+    the output is the sum of both."""
 
     @property
     def cu_seqlens_q(self) -> Tensor | None:
-        """Of `lengths`, as the four below: int32 (B + 1), where samples begin and end."""
+        """From `lengths`: int32 (B + 1,), where each sequence's queries begin and end; or None."""
         return self.lengths.cu_seqlens_q
 
     @property
     def cu_seqlens_k(self) -> Tensor | None:
-        """Likewise, of keys."""
+        """From `lengths`: int32 (B + 1,), where each sequence's keys begin and end; or None."""
         return self.lengths.cu_seqlens_k
 
     @property
     def max_seqlen_q(self) -> int:
-        """The longest sample's queries, 0 where there are no `cu_seqlens`."""
+        """From `lengths`: the most queries of any sequence; 0 if there are no `cu_seqlens`."""
         return self.lengths.max_seqlen_q or 0
 
     @property
     def max_seqlen_k(self) -> int:
-        """Likewise, of keys."""
+        """From `lengths`: the most keys of any sequence; 0 if there are no `cu_seqlens`."""
         return self.lengths.max_seqlen_k or 0
 
     @property
     def seqused_k(self) -> Tensor | None:
-        """int32 (B,): valid keys of each sample."""
+        """From `lengths`: int32 (B,), the number of valid keys of each sample; or None."""
         return self.lengths.seqused_k
 
     def pack(
         self, q: Tensor, k: Tensor, v: Tensor, reads_padding: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, H, D) tensors as the kernel takes them: (T, H, D) on route packed.
+        """The kernel's q, k and v for (B, S, H, D) tensors: (T, H, D) on route packed.
 
-        `reads_padding`: the kernel weighs values that `seqused_k` leaves out by 0, instead of
-        leaving them out. Then `v` has a valid one there, since NaN and inf survive that.
+        `reads_padding`: the kernel multiplies values beyond `seqused_k` by 0 instead of skipping
+        them. NaN and inf would survive that, so `v` then gets valid values there (see `rows_v`).
         """
         if self.route == "static":
             return q, _take(k, self.indices_k).view_as(k), _take(v, self.indices_k).view_as(v)
@@ -105,7 +113,7 @@ class PackingPlan:
         return _take(q, self.indices_q), _take(k, self.indices_k), _take(v, self.indices_k)
 
     def buffer(self, out: Tensor | None) -> Tensor | None:
-        """The part of the caller's (B, Sq, H, D) `out` that a kernel can fill by itself, if any."""
+        """A view of the caller's (B, Sq, H, D) `out` that the kernel can write into, or None."""
         if out is None or self.route != "packed":
             return out
         rows_in_order = out.stride(0) == self.q_len * out.stride(1)
@@ -114,7 +122,8 @@ class PackingPlan:
     def unpack(self, result: Tensor, out: Tensor | None = None) -> Tensor:
         """The kernel's result, (Tq, H, D) on route packed, as (B, Sq, H, D).
 
-        Into `out` where one is given: what `buffer` offered to the kernel is there already.
+        If `out` is given, the result is written into `out`, unless the kernel already wrote it
+        there through `buffer(out)`.
         """
         if self.route != "packed":
             return result
@@ -145,7 +154,7 @@ class PackingPlan:
 
 
 def _take(x: Tensor, indices: Tensor | None) -> Tensor:
-    """Rows of (B, S, H, D) at `indices` into B * S, copied once whatever the strides."""
+    """Rows of (B, S, H, D) `x` at `indices`, positions in B * S; one copy, whatever the strides."""
     if indices is None:
         return x.flatten(0, 1)
     if x.is_floating_point() and x.dtype.itemsize == 1:  # not every torch indexes float8 on a GPU

@@ -1,4 +1,4 @@
-"""Finding a plan again: layers share masks, and a plan costs one read from the device."""
+"""Reuse of plans: layers share masks, and making a plan costs a read from the device."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from diffusers_fa3.options import Lengths
 Plan = PackingPlan | Opaque
 
 CAPACITY = 256
-"""Plans remembered at a time: more than the models of a process use in one forward."""
+"""The most plans kept: more than the models of a process use in one forward."""
 
 
 class PlanCache:
-    """Plans by the tensors that they follow from, for as long as those live unchanged.
+    """Plans, keyed by their source tensors. A plan is valid while its sources live unchanged.
 
-    A tensor is known by the one that owns its memory (held weakly), that one's version, which any
-    in-place edit raises, and how it views it. Never by address: memory is reused. Tensors without a
-    version (made in inference mode) could be edited unseen: nothing is remembered of them.
+    A source is identified by its base tensor (held weakly), the base's version, which every
+    in-place edit raises, and the source's view of the base. Addresses do not serve: memory is
+    reused. Inference tensors have no version, so edits of them cannot be seen: their plans are not
+    kept.
 
     Args:
-        verify: make a plan anew at every reuse, too, and compare: slow, to find a wrong reuse.
+        verify: at every reuse, also make the plan again and compare. Slow; finds wrong reuse.
     """
 
     def __init__(self, verify: bool = False) -> None:
@@ -45,14 +46,18 @@ class PlanCache:
         make: Callable[[], Plan],
         certain: bool = True,
     ) -> tuple[Plan, bool]:
-        """The plan that follows from `sources` and `call`, and whether it was made just now.
+        """The plan for `sources` and `call`, and whether it was made just now.
 
         Args:
-            sources: tensors, together with `call` all that the plan depends on.
-            call: hashable.
-            make: makes the plan where there is none.
-            certain: whether it depends on nothing else for sure. If not, only a refusal is found
-                again: the default attention, which serves then, is right for any mask.
+            sources: the tensors that the plan depends on.
+            call: whatever else the plan depends on, such as sizes and options; hashable.
+            make: makes the plan if none is kept.
+            certain: whether `sources` and `call` surely determine the plan. If False, a kept plan
+                is reused only if it is an `Opaque`: the default attention then serves the call, and
+                it is right for any mask.
+
+        Raises:
+            FA3Error: with `verify`, the kept plan differs from the plan made again.
         """
         if any(source.is_inference() for source in sources):
             return make(), True
@@ -80,7 +85,7 @@ class PlanCache:
 
 
 def base_of(source: Tensor) -> Tensor:
-    """The tensor that the memory of this one belongs to."""
+    """The tensor that `source` is a view of, or `source` itself if it is no view."""
     return source if source._base is None else source._base
 
 

@@ -249,7 +249,7 @@ def _valid_first(keys: Tensor, lens: Tensor) -> Tensor:
         return every
     first = every[:, 0] + keys.int().argmax(-1)
     rest = torch.where(lens > 0, first, first.index_select(0, lens.argmax(0, keepdim=True)))
-    # Column for each key: valid keys to the front, in order; padding to column k_len, cut off below.
+    # Each key's column: valid keys go to the front, in order; padding to column k_len, cut off.
     place = torch.where(keys, keys.cumsum(-1) - 1, k_len)
     return rest[:, None].repeat(1, k_len + 1).scatter_(-1, place, every)[:, :k_len]
 
@@ -268,5 +268,5 @@ def _cu_seqlens(valid: Tensor) -> Tensor:
 
 
 def _indices(valid: Tensor, total: int) -> Tensor:
-    """Positions in B * S of True in `valid`. `total` is known, so nothing is read from the device."""
+    """Positions in B * S of True in `valid`. `total` is known, so this reads nothing back."""
     return torch.nonzero_static(valid.flatten(), size=total).flatten()

@@ -1,10 +1,9 @@
-"""What a mask means: which keys, and which queries, take part in an attention call.
+"""What a mask means: which keys each query of an attention call sees.
 
 Axis letters, here and everywhere: B batch, H heads, Sq and Sk lengths of queries and keys.
 
-A mask is judged by its content. Its shape says only how far it is spread out: a (B, 1, Sq, Sk)
-mask may still say nothing but "the last keys are padding", and a (B, H, 1, Sk) mask may differ
-from head to head.
+A mask is judged by its content, not by its shape: a (B, 1, Sq, Sk) mask often says only that the
+last keys are padding, and a (B, H, 1, Sk) mask may differ between heads.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from diffusers_fa3.masks.outer import is_in_factors
 from diffusers_fa3.masks.rows import blocks, count_keys, read_rows
 
 MASKED_FROM = -1e4
-"""Additive values from here down mask a key: what diffusers writes for padding, and -inf.
+"""Additive values at or below this one mask a key. diffusers writes -1e4 or less for padding.
 
-exp(-1e4) is 0 in every float dtype, so where one key of the row is left at 0, such a mask gives the
-softmax of a bool one, unless logits differ by thousands. A row in which no key is left is another
-matter.
+exp(-1e4) is 0 in every float dtype. So in a row with at least one valid key, the additive mask
+gives the same softmax as a bool mask, unless logits differ by thousands. In a row without valid
+keys it does not (see `_empty_rows_are_zero`).
 """
 
 Axes2D = Literal["bk", "qk"]
@@ -35,23 +34,24 @@ Axes2D = Literal["bk", "qk"]
 def read_mask(
     mask: Tensor, *, batch: int, heads: int, q_len: int, k_len: int, axes_2d: Axes2D = "bk"
 ) -> Meaning:
-    """The meaning of `mask`, at the price of one read from its device.
+    """The meaning of `mask`. Costs one read from its device.
 
-    A mask that depends on the query otherwise than by leaving out whole rows costs a few more: see
+    If the valid keys differ between queries that have any, it costs a few reads more: see
     `rows.read_rows`.
 
     Args:
         mask: bool (True: the key is seen), int (0 or 1, as tokenizers write it) or additive float
             (every value 0 or <= -1e4). Shape (Sk), (B, Sk) or (Sq, Sk) (see `axes_2d`),
-            (H, Sq, Sk), or (B, H, Sq, Sk); each axis but Sk may be 1, or expanded.
+            (H, Sq, Sk), or (B, H, Sq, Sk); each axis may be 1 or expanded.
         batch: B.
         heads: H.
         q_len: Sq.
         k_len: Sk.
-        axes_2d: what a 2-D mask is.
+        axes_2d: "bk" reads a 2-D mask as (B, Sk), "qk" as (Sq, Sk).
 
     Raises:
-        MaskError: the mask does not broadcast to (B, H, Sq, Sk), or its values have no meaning.
+        MaskError: the mask does not broadcast to (B, H, Sq, Sk), or an int mask has values other
+            than 0 and 1.
     """
     if is_in_factors(mask) and mask.shape[2:] == (q_len, k_len):
         if mask.is_floating_point():
@@ -74,7 +74,7 @@ def read_mask(
         values=_values_are_those_of_a_mask(mask, counts),
         empty_rows_are_zero=_empty_rows_are_zero(mask, counts),
         heads_agree=(seen == one_head[:, None]).all() if seen.shape[1] > 1 else None,
-        # Every row lies within `keys`: one that sees as many sees them all.
+        # A row sees no key outside `keys`, so a row that sees as many keys sees all of `keys`.
         factors=((k_seen == 0) | (k_seen == k_counts[:, None])).all(),
         k_leading=(keys[:, 1:] <= keys[:, :-1]).all(),
         k_counts=k_counts,
@@ -99,7 +99,7 @@ def read_mask(
 
 
 def _read_outer(queries: Tensor, keys: Tensor) -> AllValid | Valid:
-    """The meaning of `queries & keys`, of which the factors are known."""
+    """The meaning of the mask `queries & keys`: (B or 1, Sq) and (B or 1, Sk) bool."""
     facts = _Facts.read(
         k_leading=(keys[:, 1:] <= keys[:, :-1]).all(),
         k_counts=keys.sum(-1),
@@ -120,23 +120,23 @@ def _valid(queries: Tensor | None, keys: Tensor, facts: _Facts) -> AllValid | Va
 def keys_by_structure(
     mask: Tensor, *, batch: int, heads: int, q_len: int, k_len: int, axes_2d: Axes2D = "bk"
 ) -> Tensor | Opaque:
-    """The keys that `mask` leaves valid, (B or 1, Sk) bool, where no value need be read to say so.
+    """The valid keys of `mask`, (B or 1, Sk) bool, computed on the device without a read.
 
-    That is a bool or int mask which has one row per sample, by its shape or by being expanded.
-    Arguments and errors are those of `read_mask`, but that an int mask of other numbers than 0 and
-    1 goes unnoticed: what is not 0 is seen.
+    The mask must be bool or int, with one row per sample: its H and Sq axes are 1 or expanded. Any
+    other mask is `Opaque`. Arguments and errors are those of `read_mask`, except that the values of
+    an int mask are not checked: any value but 0 is a valid key.
     """
     mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
     if mask.is_floating_point():
         return Opaque("additive mask, of which only its values tell whether it is a bias")
     if mask.shape[1] > 1 or mask.shape[2] > 1:
         return Opaque("mask of which only its values tell whether queries or heads differ")
-    return (mask[:, 0] != 0).any(-2)  # of one row, or of none where there is no query
+    return (mask[:, 0] != 0).any(-2)  # `any` over one row, or over no row if Sq is 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What had to be known of the mask's content, after one transfer to the host."""
+    """Facts about a mask's content, on the host after one transfer."""
 
     k_counts: tuple[int, ...]
     q_counts: tuple[int, ...]
@@ -177,7 +177,7 @@ def _as_4d(mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D) -> T
 
 
 def _compact(mask: Tensor) -> Tensor:
-    """One row for each axis but Sk along which the mask was expanded, nothing being copied."""
+    """A view of `mask` in which expanded axes (stride 0) other than Sk have size 1."""
     for axis in range(3):
         if mask.stride(axis) == 0 and mask.shape[axis] > 1:
             mask = mask.narrow(axis, 0, 1)
@@ -187,7 +187,7 @@ def _compact(mask: Tensor) -> Tensor:
 def _seen(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
-    # Where it is 0: a third of the time of a comparison, on a CPU.
+    # logical_not is True at 0; on a CPU it takes a third of the time of a comparison.
     return mask.logical_not() if mask.is_floating_point() else mask == 1
 
 
@@ -203,7 +203,7 @@ def _masked(mask: Tensor) -> Tensor:
 
 
 def _empty_rows_are_zero(mask: Tensor, counts: Tensor) -> Tensor | None:
-    """Whether the default, too, gives 0 in rows without a valid key: those of -inf throughout."""
+    """Whether the default, too, gives 0 in rows without a valid key: it does if all are -inf."""
     if not mask.is_floating_point():
         return None
     return ((counts > 0) | (mask.amax(-1) == -torch.inf)).all()

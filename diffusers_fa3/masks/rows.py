@@ -1,10 +1,10 @@
-"""A mask that depends on the query, row by row: a band, or groups of queries that see alike.
+"""Masks that depend on the query: a band, or groups of queries that see the same keys.
 
-A group is a sequence of its own to a variable-length kernel. So all that falls into few groups can
-be packed: segments, blocks of frames, a causal text before an image that sees everything. Queries
-of which each sees one key more than the one before it are a group as well, a causal one.
+A variable-length kernel takes each group as one sequence. So a mask with few groups can be packed:
+segments, blocks of frames, a causal text before an image that sees everything. Consecutive queries
+that each see one key more than the query before also form a group, a causal one.
 
-A band and a causal group are guessed from a few numbers and then compared with the whole mask.
+Bands and causal groups are guessed from a few numbers, then checked against the whole mask.
 """
 
 from __future__ import annotations
@@ -20,29 +20,32 @@ from torch.nn import functional as F
 from diffusers_fa3.masks.meaning import Band, Opaque, Sequence, Sequences
 
 MOST_GROUPS = 1024
-"""Sequences of one mask, beyond which it is no pattern but scatter."""
+"""The most groups of one mask. A mask with more counts as scattered and is refused."""
 
 COPIES = 4
 QUERIES_PER_COPY = 512
-"""A key is copied for each group that sees it: at most so many times on average, and once more for
-so many queries of the call. On an H100 (bfloat16, 24 heads of 128, half of all pairs seen) calls of
-4,096 tokens and more are 1.6 to 2.5 times as fast as the default at this limit, and break even at
-twice the limit; those of 2,048 are 1.3 times as fast, those of 1,024 slower from 3 groups on."""
+"""Packing copies a key once for each group that sees the key. The average number of copies per key
+is limited to COPIES, or to one for every QUERIES_PER_COPY queries of the call if that is more. On
+an H100 (bfloat16, 24 heads of 128, half of all pairs seen), calls of 4,096 tokens and more are 1.6
+to 2.5 times as fast as the default at this limit, and break even at twice the limit; calls of 2,048
+tokens are 1.3 times as fast, calls of 1,024 tokens slower from 3 groups on."""
 
 GPU_BLOCK, CPU_BLOCK = 2**26, 2**22
-"""Elements of the mask that are looked at in one go. What is laid out besides it stays small, on a
-CPU so small that it is laid out in pages used before: fresh ones take longer than the reading."""
+"""How many mask elements are processed at a time, to bound the size of temporaries. On a CPU the
+temporaries are small enough to reuse memory pages: fresh pages cost more time than the reading."""
 
 
 def count_keys(seen: Tensor) -> Tensor:
-    """How many keys each row of a (B, Sq, Sk) bool mask sees, (B, Sq)."""
-    # A GPU lays bools out as int64 to add them, and a CPU adds them one by one.
+    """The number of keys that each row of a (B, Sq, Sk) bool mask sees, int64 (B, Sq)."""
+    # `sum` on bools converts them to int64 first on a GPU, and adds them one by one on a CPU. So it
+    # is used only on a GPU, for masks whose int64 copy is no larger than a block.
     if seen.is_cuda and seen.numel() <= GPU_BLOCK // 8:
         return seen.sum(-1)
     counts = []
     for _, block in blocks(seen):
         words = _words(block)
-        # Eight keys at a time, a byte for each, which is full at 256.
+        # A word is eight keys, one byte each; adding words counts eight keys at a time. At most 128
+        # words are added, since a byte overflows at 256.
         whole = words.shape[-1] // 128 * 128
         lots = words[..., :whole].view(*words.shape[:-1], -1, 128)
         sums = [lots.sum(-1), words[..., whole:].sum(-1, keepdim=True)]
@@ -51,13 +54,14 @@ def count_keys(seen: Tensor) -> Tensor:
 
 
 def read_rows(seen: Tensor, counts: Tensor) -> Band | Sequences | Opaque:
-    """What a (B or 1, Sq, Sk) bool mask means that differs from query to query.
+    """The meaning of a mask that differs from query to query.
 
-    Reads from the mask's device up to four times: where rows change; whether it is the band that
-    it looks like; if not, one row of each group; and which of these are causal, as some look.
+    Reads from the mask's device which rows change, then whether the mask is the guessed band, if
+    there is a guess. If it is no band: one row of each run; whether the guessed causal runs are
+    causal; and, if some are not, one row of each run again.
 
     Args:
-        seen: the mask.
+        seen: (B or 1, Sq, Sk) bool, True where the key is seen.
         counts: `count_keys(seen)`.
     """
     ends = seen[0, :: seen.shape[1] - 1]
@@ -66,14 +70,17 @@ def read_rows(seen: Tensor, counts: Tensor) -> Band | Sequences | Opaque:
 
 
 def _to_host(*tensors: Tensor) -> list[Tensor]:
-    """Copies in whole numbers: one wait for all of them."""
+    """Host copies of `tensors`, as int64; one synchronisation for all of them."""
     joined = torch.cat([x.flatten() for x in tensors]).cpu()
     parts = torch.split(joined, [x.numel() for x in tensors])
     return [part.view(x.shape) for part, x in zip(parts, tensors)]
 
 
 def blocks(mask: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
-    """Rows of a (B, Sq, Sk) mask, as many at a time as a block holds, and where they begin."""
+    """Splits a (B, Sq, Sk) mask into blocks of rows: (first row, block) for each.
+
+    A block also has the first `overlap` rows of the next block.
+    """
     samples, q_len, k_len = mask.shape
     size = GPU_BLOCK if mask.is_cuda else CPU_BLOCK
     step = max(1, size // (samples * k_len))
@@ -82,7 +89,7 @@ def blocks(mask: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
 
 
 def _words(seen: Tensor) -> Tensor:
-    """Eight keys to an int64, 0 behind the last one; a view, where a row is of whole words."""
+    """`seen` as int64 words of eight keys, padded with 0; a view if every row is whole words."""
     behind = -seen.shape[-1] % 8
     steps = (*seen.stride()[:-1], seen.storage_offset())
     if not behind and seen.stride(-1) == 1 and not any(step % 8 for step in steps):
@@ -91,14 +98,14 @@ def _words(seen: Tensor) -> Tensor:
 
 
 def _changes(seen: Tensor) -> Tensor:
-    """Which rows differ from the row above, (B, Sq); the first counts as such."""
+    """Which rows differ from the row above, bool (B, Sq); True for the first row."""
     words = (_words(block) for _, block in blocks(seen, overlap=1))
     changes = [(block[:, 1:] != block[:, :-1]).any(-1) for block in words]
     return F.pad(torch.cat(changes, dim=-1)[:, : seen.shape[1] - 1], (1, 0), value=True)
 
 
 def _band(seen: Tensor, counts: Tensor, ends: Tensor) -> Band | None:
-    """Guessed from `ends`, the first and the last row."""
+    """The band guessed from `ends`, the first and the last row, if the whole mask is that band."""
     q_len, k_len = seen.shape[1:]
     top, bottom = (row.nonzero().flatten().tolist() for row in ends)
     if not (top and bottom):
@@ -129,24 +136,28 @@ def _is_band(seen: Tensor, band: Band) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Rows `start` to `end` of a sample: the same, or each with one key more than the one above."""
+    """Rows `start` to `end` (exclusive) of a sample.
+
+    All rows are equal; or, if `causal`, each row sees one key more than the row above.
+    """
 
     sample: int
     start: int
     end: int
     keys: int
-    """How many the last row sees."""
+    """The number of keys that the last row sees."""
     causal: bool = False
 
     def apart(self) -> list[_Run]:
-        """The rows of a causal run, each by itself."""
+        """The rows of a causal run, as runs of one row each."""
         counts = range(self.keys - (self.end - self.start) + 1, self.keys + 1)
         rows = range(self.start, self.end)
         return [_Run(self.sample, row, row + 1, keys) for row, keys in zip(rows, counts)]
 
 
 _Groups = dict[tuple[int, bytes, int], list[_Run]]
-"""Runs that see alike: of one sample, with the same last row, and a causal one by itself."""
+"""The runs of each group, by (sample, last row as bytes, start if causal else -1). Runs of equal
+rows that see the same keys share a group; each causal run is a group of its own."""
 
 
 def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opaque:
@@ -154,7 +165,7 @@ def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opa
     if isinstance(runs, Opaque):
         return runs
     groups = _groups(seen, runs)
-    # Scatter is known by what is not guessed.
+    # Groups that are not guesses first: a scattered mask is refused before the guesses are checked.
     settled = [same[0] for same in groups.values() if not same[0].causal]
     if refusal := _too_much(seen, settled):
         return refusal
@@ -187,7 +198,7 @@ def _too_much(seen: Tensor, one_of_each: list[_Run]) -> Opaque | None:
 
 
 def _most_keys(seen: Tensor) -> int:
-    """How many keys all groups together may see."""
+    """The limit on the sum of all groups' keys, see COPIES."""
     samples, q_len, k_len = seen.shape
     return max(COPIES, q_len // QUERIES_PER_COPY) * samples * k_len
 
@@ -213,10 +224,11 @@ def _positions(row: bytes) -> Tensor:
 
 
 def _runs(changes: Tensor, counts: Tensor, most_keys: int) -> list[_Run] | Opaque:
-    """Runs of equal rows; and neighbours of one row each, whose counts rise by one, as one run.
+    """The runs of all samples, from `changes` (see `_changes`) and `counts`, on the host.
 
-    That such a run is causal is a guess. Rows that see nothing are in none: what q holds there must
-    reach no kernel.
+    Equal consecutive rows form a run. Distinct consecutive rows whose counts rise by one also form
+    a run, which is guessed to be causal; `_guessed_wrongly` checks the guess. Rows without valid
+    keys are in no run, so that their q reaches no kernel.
     """
     changed = changes.bool()
     alone = changed & F.pad(changed[:, 1:], (0, 1), value=True)
@@ -226,7 +238,8 @@ def _runs(changes: Tensor, counts: Tensor, most_keys: int) -> list[_Run] | Opaqu
     found = int((starts & (counts > 0)).sum())
     if found > MOST_GROUPS:
         return _too_many_groups(found)
-    # Rows that see more keys than others are of another group: scatter goes no further.
+    # Runs of equal rows with different counts are different groups. So the distinct counts of all
+    # samples add up to a lower bound of the keys to copy: most scattered masks are refused here.
     settled = starts & ~F.pad(grows[:, 1:], (0, 1), value=False)
     unlike = [count[row].unique() for count, row in zip(counts, settled)]
     if sum(int(count.sum()) for count in unlike) > most_keys:
@@ -243,10 +256,10 @@ def _runs(changes: Tensor, counts: Tensor, most_keys: int) -> list[_Run] | Opaqu
 
 
 def _guessed_wrongly(seen: Tensor, causal: list[tuple[bytes, _Run]]) -> set[_Run]:
-    """Those of the causal runs, each with its last row, which are none.
+    """The runs among `causal`, pairs of (last row, run), that are not causal.
 
-    The counts of their rows rise by one. So a run is causal if no row sees, of the last row's keys,
-    any but the first, as many as it counts, nor any other key. One wait for all runs.
+    In a causal run, a row that sees n keys sees the first n keys of the last row. The counts are
+    known, so it is enough that no row sees any other key. One synchronisation for all runs.
     """
     if not causal:
         return set()
@@ -261,7 +274,10 @@ def _guessed_wrongly(seen: Tensor, causal: list[tuple[bytes, _Run]]) -> set[_Run
 
 
 def _sees_too_early(seen: Tensor, run: _Run, place: Tensor) -> Tensor:
-    """Whether a row sees a key before its turn, `place` being each key's in the last row."""
+    """Whether a row of n keys sees any key that is not among the first n keys of the last row.
+
+    `place` is int32 (Sk,): each key's position among the last row's keys, Sk for all other keys.
+    """
     first = run.keys - (run.end - run.start) + 1
     counts = torch.arange(first, run.keys + 1, dtype=torch.int32, device=seen.device)[:, None]
     rows = seen[None, run.start : run.end]

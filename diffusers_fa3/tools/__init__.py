@@ -1,1 +1,1 @@
-"""The command `diffusers-fa3`, and what it runs: `cli` reads the arguments, `bench` measures."""
+"""The command `diffusers-fa3`: `cli` reads the arguments, `bench` measures."""

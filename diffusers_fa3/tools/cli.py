@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from diffusers_fa3.tools.bench.run import Results
 
 BENCH = """\
-Time attention calls as diffusers' models make them: PyTorch's, diffusers' FlashAttention-3 methods
-and ours, in one run.
+Time the attention calls of diffusers' models on PyTorch's attention, on diffusers' FlashAttention-3
+methods and on this package ("ours"), in one run.
 
   diffusers-fa3 bench
   diffusers-fa3 bench --model QwenImage --batch 4 --valid none,0.1,1.0 --dtype bf16
   diffusers-fa3 bench --heads 8 --head-dim 64 --text 512 --image 1024 --json out.json --plot out.png
   diffusers-fa3 bench --model scale --lengths 256,1024,4096 --plot scale.png
 
-All methods take turns, and each call gets other inputs than the one before, so that no method finds
-its own in the cache; figures are medians. diffusers' methods end in the same kernel as ours: what
-differs is how they pack. "bare" gets tensors that are packed already: what a call takes longer is
-the packing. "ours+q" leaves padded tokens out as queries, too. The ideal is what the padding leaves
-to compute. Planning a mask, which a model does once per forward and not once per layer, is in
-"ours+plan" and in a column of its own, not in "ours". On a GPU several calls are queued at a time,
-as a model does.
+The methods take turns, and each call gets different inputs than the call before, so that no method
+finds its inputs in the cache. Times are medians. diffusers' methods run the same kernel as ours, so
+they differ only in how they pack. "bare" gets tensors that are packed already; the extra time of
+"ours" is the packing. "ours+q" leaves padded tokens out as queries too. The ideal is the speedup if
+padding cost nothing. A model plans a mask once per forward, not in every layer, so "ours" does not
+include planning; "ours+plan" includes it, and the column "plan" shows it alone. On a GPU, several
+calls are queued at a time, as in a model.
 """
 
 DTYPES = {
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 2 where the arguments do not belong together."""
+    """Run a command; return exit status 0, or 2 after printing an error."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -152,7 +152,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    """The calls that the options ask for."""
+    """The cases that the options ask for."""
     from diffusers_fa3.tools.bench.cases import CASES, SHARES, Case, cases_of
 
     sizes = ("batch", "text", "image", "heads", "kv_heads", "head_dim")

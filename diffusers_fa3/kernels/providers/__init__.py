@@ -1,4 +1,4 @@
-"""Where kernels come from, one file for each package, imported by nothing but its own loader."""
+"""Where kernels come from: one file per package. Only the `load` in it imports the package."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ PROVIDERS = (
     FLASH_ATTN_2,
     REFERENCE,
 )
-"""In order of preference. One order serves every GPU, since binaries name the ones they have code
-for: FlashAttention-3 on Hopper and Ampere, -4 on Blackwell, and on what is left -2 as torch has it,
-before the package, which lacks seqused_k and `out` but has softcap."""
+"""In order of preference. One order serves every GPU, since each kernel's limits name the GPUs that
+it has code for: FlashAttention-3 on Hopper and Ampere, FlashAttention-4 on Blackwell,
+FlashAttention-2 on others. torch's FlashAttention-2 comes before the flash-attn package, which has
+softcap but lacks seqused_k and `out`."""
 
 __all__ = ["PROVIDERS"]

@@ -1,4 +1,4 @@
-"""FlashAttention-3 as the package fa3-fwd has it: the forward, without float16 or a window."""
+"""FlashAttention-3 from the package fa3-fwd: forward only, built without float16 and window."""
 
 from __future__ import annotations
 

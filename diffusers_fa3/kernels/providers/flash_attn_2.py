@@ -1,4 +1,4 @@
-"""FlashAttention-2, the `flash-attn` package: for older GPUs, and for what FA3 builds leave out."""
+"""FlashAttention-2, the `flash-attn` package: for older GPUs and for features FA3 builds lack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers_fa3.kernels.public_function import public_forward, public_kvcache
 
 LIMITS = Limits(
     archs=("sm80", "sm90", "sm100", "sm120"),
-    head_dim_multiple=1,  # its functions pad
+    head_dim_multiple=1,  # its functions pad the head size
     head_dims_differ=False,
     seqused_k=False,
     backward=True,

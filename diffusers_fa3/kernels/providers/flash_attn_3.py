@@ -1,4 +1,4 @@
-"""FlashAttention-3's own package: upstream's build, or tokenspeed-fa3's."""
+"""FlashAttention-3's module `flash_attn_interface`: built from upstream, or from tokenspeed-fa3."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _load() -> Kernel:
     public = public_forward(functions.flash_attn_varlen_func, functions.flash_attn_func)
 
     op = find_op("flash_attn_3")
-    if op is None:  # before the raw op was registered with torch
+    if op is None:  # older builds register no raw op with torch
         asked = limits_of(read_signature(functions.flash_attn_varlen_func))
         limits = replace(limits, window=asked.window, softcap=asked.softcap)
         kvcache = public_kvcache(functions.flash_attn_with_kvcache)

@@ -1,4 +1,4 @@
-"""FlashAttention-4, the `flash-attn-4` package: compiled at the first call, best on Blackwell."""
+"""FlashAttention-4, the `flash-attn-4` package: compiles at the first call; meant for Blackwell."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def bind(
     varlen: Callable[..., Any],
     dense: Callable[..., Any],
 ) -> Forward:
-    """Over its private forward, which takes `out`, and its functions, which have a backward.
+    """`Forward` over FlashAttention-4's private forward and its public functions.
 
-    The order of arguments changes between releases: all but q, k and v go by name.
+    The private forward takes `out`; the public functions have a backward. All arguments but q, k
+    and v go by name, since their order changes between releases.
     """
     takes_out = private is not None and "out" in read_signature(private).names
 
@@ -61,7 +62,7 @@ def bind(
             packed = lengths.cu_seqlens_q is not None or lengths.seqused_k is not None
             function = varlen if packed else dense
             arguments["window_size"] = (left, right)
-        # Before there was a switch, the log-sum-exp came always.
+        # Releases without this argument always return the log-sum-exp.
         if "return_lse" not in read_signature(function).names:
             del arguments["return_lse"]
         q, k, v = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)

@@ -1,4 +1,4 @@
-"""FlashAttention-3 from the Hugging Face hub, at a version that is fixed here."""
+"""FlashAttention-3 from the Hugging Face hub, at a pinned version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: serves every call on every device, and says what is correct."""
+"""Attention in plain PyTorch: serves on every device, and defines the correct result."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def forward(
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Result:
-    """See `Forward`. A sum in half precision is kept in fp32; float64 stays float64.
+    """See `Forward`. Half precision is accumulated in fp32; float64 stays float64.
 
-    Reads cu_seqlens and seqused_k on the host. The logits are laid out in full where softcap or
-    return_lse is asked for.
+    Reads cu_seqlens and seqused_k on the host. With softcap or return_lse, the logits of a call are
+    laid out in full.
     """
     refuse("reference", options.beyond("causal", "window", "softcap"))
     if q.numel() == 0 or k.numel() == 0:
@@ -65,7 +65,7 @@ def forward(
 def _dense_parts(
     q: Tensor, k: Tensor, v: Tensor, lengths: Lengths
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Neighbours with the same number of valid keys, each lot as one call; no other key is read."""
+    """Consecutive samples with equally many valid keys, as one part each, without their padding."""
     if lengths.seqused_k is None:
         yield q, k, v
         return
@@ -78,7 +78,7 @@ def _dense_parts(
 def _packed_parts(
     q: Tensor, k: Tensor, v: Tensor, lengths: Lengths
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Neighbours of the same lengths, each lot as one (B, S, H, D) view."""
+    """Consecutive samples of the same lengths, as (B, S, H, D) views, without their padding."""
     assert lengths.cu_seqlens_q is not None
     assert lengths.cu_seqlens_k is not None
     ends_q: list[int] = lengths.cu_seqlens_q.tolist()
@@ -99,7 +99,7 @@ def _packed_parts(
 
 
 def _runs(kinds: list[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
-    """Where each run of equal entries begins and ends."""
+    """(start, end) of each run of equal entries, end exclusive."""
     starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
     return pairwise([*starts, len(kinds)])
 
@@ -117,7 +117,7 @@ def _joined(results: list[Tensor], out: Tensor | None, recorded: bool) -> Tensor
 
 
 def load() -> Kernel:
-    """It is always there."""
+    """The reference, which needs nothing but torch."""
     return Kernel("reference", torch.__version__, LIMITS, forward, kvcache, out="copy")
 
 

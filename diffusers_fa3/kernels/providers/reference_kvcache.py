@@ -1,4 +1,4 @@
-"""Attention over a key-value cache in plain PyTorch: new keys are written into it, in place."""
+"""Attention over a key-value cache in plain PyTorch; new keys are written into the cache."""
 
 from __future__ import annotations
 
@@ -32,24 +32,28 @@ def kvcache(
     return_lse: bool = False,
     **unknown: Any,
 ) -> Result:
-    """`flash_attn_with_kvcache` for dense queries; lengths are read on the host.
+    """`flash_attn_with_kvcache` for dense queries. Lengths are read on the host.
 
     Args:
         q: (B, Sq, H, D).
         k_cache: (B or more, Sk, Hk, D), or (pages, page size, Hk, D) with a page_table.
-        v_cache: likewise, with Dv.
+        v_cache: k_cache's shape, with Dv.
         softmax_scale: factor of the logits.
-        k: (B, Sn, Hk, D), written into the cache behind the valid keys of each sample.
-        v: (B, Sn, Hk, Dv), likewise.
-        cache_seqlens: (B,), valid keys of each sample before the new ones; None: the cache is full.
+        k: (B, Sn, Hk, D), new keys, written in place behind the valid keys of each sample.
+        v: (B, Sn, Hk, Dv), the values of the new keys.
+        cache_seqlens: (B,), valid keys of each sample before the new keys; None: a full cache.
         cache_batch_idx: (B,), the row of the cache that belongs to each sample.
         page_table: (B, pages of a sample), the pages of each sample in order.
-        causal: bottom-right aligned, over the valid keys with the new ones.
-        window_size: keys to the left and right, -1 is unlimited.
-        softcap: bound of the logits, 0 is none.
-        out: (B, Sq, H, Dv).
-        return_lse: also return (B, H, Sq).
-        unknown: what this kernel refuses.
+        causal: bottom-right aligned, over the valid and the new keys.
+        window_size: keys seen to the left and right; -1 is no limit.
+        softcap: bound of the logits; 0 is no bound.
+        out: (B, Sq, H, Dv), filled and returned.
+        return_lse: also return the log-sum-exp, (B, H, Sq).
+        unknown: options that this kernel refuses, unless they ask for nothing.
+
+    Raises:
+        InputError: page_table and cache_batch_idx together, or no room for the new keys.
+        KernelUnavailableError: an option that this kernel does not know.
     """
     refuse("reference", (name for name, value in unknown.items() if not is_default(value)))
     options = Options(softmax_scale, causal, window_size, softcap)

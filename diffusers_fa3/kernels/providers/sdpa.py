@@ -1,4 +1,4 @@
-"""Attention of samples of one length by PyTorch's own function: what the reference is made of."""
+"""Dense attention without padding by PyTorch's own SDPA: the building block of the reference."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffusers_fa3.options import Options
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: bool = False) -> Result:
-    """Attention of samples of one length: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv).
+    """Dense attention: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), every key valid.
 
-    Returns (B, Sq, H, Dv) and, where asked for, the log-sum-exp (B, H, Sq). Of the options all but
-    descales.
+    Returns the output (B, Sq, H, Dv) and the log-sum-exp, fp32 (B, H, Sq), or None if not asked
+    for. Takes all options but the descales.
     """
     if k.shape[1] == 0 or q.shape[1] == 0:
         return without_keys(q, k, v, None, return_lse)
@@ -51,8 +51,8 @@ def _by_logits(
         logits = options.softcap * torch.tanh(logits / options.softcap)
     empty = None
     if seen is not None:
-        # A row that sees nothing gets any finite logits here and is emptied below: no NaN, neither
-        # forward nor backward.
+        # A row without keys keeps its finite logits here, and its weights are set to 0 below. So
+        # neither the forward nor the backward has NaN.
         empty = ~seen.any(-1, keepdim=True)
         logits = logits.masked_fill(~(seen | empty), -torch.inf)
     weights = logits.softmax(-1)
@@ -67,7 +67,7 @@ def _by_logits(
 def _seen(
     q_len: int, k_len: int, causal: bool, window: tuple[int, int], device: torch.device
 ) -> Tensor | None:
-    """(Sq, Sk) bool: the keys a query sees, or None for all. The last query meets the last key."""
+    """The keys that each query sees, (Sq, Sk) bool, aligned bottom-right; None for all keys."""
     left, right = window
     right = 0 if causal else right
     if left < 0 and right < 0:

@@ -1,4 +1,4 @@
-"""`torch.nn.attention.varlen`: FlashAttention-2 as torch brings it, with nothing to install."""
+"""`torch.nn.attention.varlen`: the FlashAttention-2 inside torch, with nothing to install."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from diffusers_fa3.options import DENSE, Lengths, Options
 
 @dataclass(frozen=True)
 class Varlen:
-    """The functions of one torch version; what they take differs from version to version."""
+    """The varlen functions of the installed torch. Their arguments differ between versions."""
 
     function: Callable[..., Any]
     into: Callable[..., Any] | None
-    """The one that writes into its first argument, if there is one."""
+    """`varlen_attn_out`, which writes into its first argument; None if torch lacks it."""
     aux: Callable[..., Any]
-    """Makes the request for a log-sum-exp."""
+    """`AuxRequest`, which asks for the log-sum-exp."""
 
     def forward(
         self,
@@ -56,13 +56,13 @@ class Varlen:
             "window_size": (options.window[0], 0) if options.causal else options.window,
             "enable_gqa": q.shape[1] != k.shape[1],
             "seqused_k": lengths.seqused_k,
-            # One split keeps torch on its flash kernel, whose sums do not depend on the batch.
+            # One split keeps torch on its flash kernel, whose results do not depend on the batch.
             "num_splits": None if needs_grad(q, k, v) else 1,
         }
         known = {name: value for name, value in known.items() if name in names}
         q, k, v = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)
         arguments = (q, k, v, *lengths[:4])
-        # FlashAttention-2 decodes grouped heads through a reshaped copy of what it should fill.
+        # For one query with grouped heads, FlashAttention-2 fills a reshaped copy instead of `out`.
         decodes = lengths.max_seqlen_q == 1 and q.shape[1] != k.shape[1]
         if out is not None and self.into is not None and fits_kernels(out) and not decodes:
             result = self.into(out, *arguments, **known)
@@ -74,10 +74,10 @@ class Varlen:
 
 
 def load() -> Kernel:
-    """The functions of the torch that runs.
+    """The functions of the installed torch.
 
     Raises:
-        KernelUnavailableError: a torch before they took a scale and a window.
+        KernelUnavailableError: torch is too old: its function takes no scale or no window.
     """
     module = importlib.import_module("torch.nn.attention.varlen")
     names = read_signature(module.varlen_attn).names

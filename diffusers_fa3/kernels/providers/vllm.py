@@ -15,7 +15,7 @@ from diffusers_fa3.kernels.raw_op import RawOp, find_op
 def _load() -> Kernel:
     importlib.import_module("vllm.vllm_flash_attn")
     raw = RawOp(find_op("_vllm_fa3_C"), "vllm")
-    # "This flash attention build only supports varlen (for build size reasons)."
+    # vLLM says: "This flash attention build only supports varlen (for build size reasons)."
     forward = shielded(dense_as_packed(partial(raw.forward, padding_is_safe=True)))
     limits = replace(FULL_BUILD, archs=("sm90a",), kvcache=False)
     return Kernel("vllm", version_of("vllm"), limits, forward)

@@ -1,1 +1,1 @@
-"""`diffusers-fa3 bench`: attention calls of diffusers' models, timed in all ways there are."""
+"""`diffusers-fa3 bench`: times the attention calls of diffusers' models with every method."""

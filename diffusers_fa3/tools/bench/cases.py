@@ -17,9 +17,9 @@ from diffusers_fa3.masks import PackingPlan, plan_packing
 from diffusers_fa3.options import Lengths
 
 SHARES = (None, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-"""Shares of valid text; None: no mask."""
+"""Shares of the text tokens that are valid; None: no mask."""
 ROTATED = 256 * 2**20
-"""Bytes that the inputs of one measurement go through: several times what a GPU's cache holds."""
+"""Bytes that the input sets of one measurement fill together: several times a GPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Case:
     cross: bool = False
     """Queries are the image and keys the text; else both are text and image."""
     pattern: Literal["", "frames", "segments", "window"] = ""
-    """What a (1, 1, S, S) mask says: five blocks of frames, each of which sees the earlier ones;
-    three segments that do not see each other; a window of 1/24 of the keys to either side."""
+    """The pattern of a (1, 1, S, S) mask. "frames": five blocks of frames, each of which sees
+    itself and earlier blocks. "segments": three segments that do not see each other. "window": a
+    window of 1/24 of the keys to either side. Empty: key padding."""
     kv_heads: int | None = None
     """Heads of k and v before the model expands them to H."""
     most_rounds: int | None = None
@@ -63,22 +64,22 @@ class Case:
 
     @property
     def pads_are_queries(self) -> bool:
-        """Whether padded tokens are queries, which `pack_queries` leaves out."""
+        """Whether padded tokens are also queries, which `pack_queries` can leave out."""
         return not (self.cross or self.outer or self.pattern)
 
     def small(self) -> Case:
-        """The same in a size that a CPU computes at once."""
+        """The same case, small enough for a quick run on a CPU."""
         text, image = (n and max(16, n // 64) for n in (self.text, self.image))
         heads, kv_heads = 4, self.kv_heads and 2
         return replace(self, text=text, image=image, heads=heads, kv_heads=kv_heads)
 
     def of_length(self, tokens: int) -> Case:
-        """The same with so many tokens of text and image, in about the same proportion."""
+        """The same case with `tokens` text and image tokens, in about the same proportion."""
         text = round(tokens * self.text / (self.text + self.image))
         return replace(self, text=text, image=tokens - text)
 
     def mask(self, share: float | None, device: str) -> Tensor | None:
-        """Bool, True: seen; samples differ by up to half of the share."""
+        """The bool mask, True: seen. Samples have 0.5 to 1.5 times `share` of valid text."""
         if share is None:
             return None
         if self.pattern:
@@ -98,7 +99,7 @@ class Case:
         return seen[:, None, None]
 
     def pattern_mask(self, device: str) -> Tensor:
-        """(1, 1, S, S) bool."""
+        """The (1, 1, S, S) bool mask of `pattern`."""
         position = torch.arange(self.k_len, device=device)
         if self.pattern == "window":
             distance = (position[:, None] - position).abs()
@@ -111,7 +112,7 @@ class Case:
     def plan(
         self, mask: Tensor | None, *, seqused: bool = True, pack_queries: bool = False
     ) -> PackingPlan:
-        """What this package makes of the mask; the options are those of `plan_packing`."""
+        """The plan for the mask; the options are those of `plan_packing`."""
         return plan_packing(
             mask,
             batch=self.batch,
@@ -122,7 +123,7 @@ class Case:
         )
 
     def packed_plan(self, mask: Tensor | None, device: str) -> PackingPlan:
-        """The valid tokens of all samples end to end, also where nothing need be packed."""
+        """A plan on route packed, even if the mask could take another route."""
         plan = self.plan(mask, seqused=False)
         if plan.route == "packed":
             return plan
@@ -135,7 +136,7 @@ class Case:
         )
 
     def needed_pairs(self, mask: Tensor | None, pack_queries: bool = False) -> int:
-        """The sum of q_i * k_i: pairs of a query and a key that it sees."""
+        """The number of pairs of a query and a key that it sees: the sum of q_i * k_i."""
         if mask is None:
             return self.pairs
         if pack_queries:
@@ -145,21 +146,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one call, in every layout that a method takes them in."""
+    """The tensors of one call, in each layout that some method takes."""
 
     qkv: tuple[Tensor, Tensor, Tensor]
     """(B, S, H, D)."""
     heads_first: tuple[Tensor, Tensor, Tensor]
-    """Views of them, (B, H, S, D)."""
+    """Views of `qkv`, (B, H, S, D)."""
     packed: tuple[Tensor, Tensor, Tensor]
-    """Their valid tokens, (T, H, D)."""
+    """The valid tokens of `qkv`, (T, H, D)."""
     mask: Tensor | None
 
 
 def make_inputs(
     case: Case, mask: Tensor | None, packed: PackingPlan, dtype: torch.dtype, device: str
 ) -> list[Inputs]:
-    """As many sets as it takes to find none of them in the cache again; two at least."""
+    """Enough input sets that none is still in the cache when its turn comes again; 2 to 16."""
     element = torch.empty((), dtype=dtype).element_size()
     tokens = case.q_len + 2 * case.k_len
     size = 2 * case.batch * tokens * case.heads * case.head_dim * element
@@ -170,7 +171,7 @@ def make_inputs(
 def make_set(
     case: Case, mask: Tensor | None, packed: PackingPlan, dtype: torch.dtype, device: str
 ) -> Inputs:
-    """One set; the mask is the same tensor in all, as it is in all layers of a model."""
+    """One input set. All sets share the mask tensor, as the layers of a model do."""
     kv_heads = case.kv_heads or case.heads
     like: dict[str, Any] = {"dtype": dtype, "device": device}
     q = torch.randn(case.batch, case.q_len, case.heads, case.head_dim, **like)
@@ -182,7 +183,7 @@ def make_set(
 
 
 def mask_bytes(case: Case) -> int:
-    """Memory that a call with an S x S mask takes: bool, additive in 2 bytes, copies of both."""
+    """Bytes needed for an S x S mask: as bool, as additive in 2 bytes, and copies of both; or 0."""
     return 8 * case.batch * case.q_len * case.k_len if case.outer or case.pattern else 0
 
 
@@ -204,13 +205,13 @@ CASES = (
 
 
 def cases_of(model: str) -> tuple[Case, ...]:
-    """The calls of a model: by the name of a case, or by that of a class of diffusers.
+    """The cases of a model, given the name of a case or of a diffusers class.
 
-    A class without a case of its own has 512 tokens of text before 4,096 of image, and the heads
-    that its configuration has by default.
+    A class without its own case gets 512 text tokens before 4,096 image tokens, and the default
+    heads of its configuration.
 
     Raises:
-        InputError: neither; or a class whose configuration does not say how many heads it has.
+        InputError: the name is neither, or the class's configuration does not give its heads.
     """
     name = model.lower()
     stem = re.sub(r"transformer[123]dmodel$", "", name)

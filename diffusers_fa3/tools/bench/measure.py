@@ -1,4 +1,4 @@
-"""One attention call, measured in all ways: what each gives, in which time and memory."""
+"""Measure one attention call on every method: its error, time and memory."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from diffusers_fa3.tools.bench.tables import Row, Timing
 from diffusers_fa3.tools.bench.timing import times_of
 
 QUEUED = 4
-"""Calls that a GPU is given at a time, where they are short."""
+"""Calls that are queued on a GPU at a time, if calls are short."""
 WRONG_FROM = 0.02
-"""Relative error from which a result is another one: half precision rounds to a fifth of that."""
+"""Relative error above which a result is wrong; half-precision rounding is a fifth of it."""
 
 
 def measure(
     case: Case, share: float | None, dtype: torch.dtype, device: str, kernel: str, rounds: int
 ) -> Row:
-    """All methods on one share of valid text."""
+    """Measure all methods on a case at one share of valid text."""
     torch.manual_seed(0)
     rounds = min(rounds, case.most_rounds or rounds)
     calls = QUEUED if device == "cuda" and case.most_rounds is None else 1
@@ -41,14 +41,14 @@ def measure(
     sets = make_inputs(case, mask, packed, dtype, device)
     everything = methods(plan, without_pads, packed, kernel)
 
-    # What does each give, and how?
+    # Which methods take the call, and with what error, memory and host waits?
     found = _judge(everything, sets[0], packed, device)
     taken = {name: method for name, method in everything.items() if not found[name].refused}
     backend, backend_kernel = "refused", ""
     if "default" in taken:
         backend, backend_kernel = sdpa_backend(taken["default"], sets[0], device)
 
-    # How long does it take?
+    # How long does each method take?
     planning = Method(lambda x: case.plan(x.mask))
     times = times_of(taken | {"plan": planning}, sets, rounds, device, calls)
     needed = case.needed_pairs(mask)
@@ -79,7 +79,7 @@ def measure(
 def _judge(
     everything: dict[str, Method], inputs: Inputs, packed: PackingPlan, device: str
 ) -> dict[str, Timing]:
-    """Refusals, errors, memory and host waits of one call each, which warms up as well."""
+    """Refusal, error, memory and host waits of one call per method, which also warms up."""
     found: dict[str, Timing] = {}
     default: Tensor | None = None
     for name, method in everything.items():
@@ -100,9 +100,10 @@ def _judge(
 
 
 def rows_to_compare(mask: Tensor | None, *, padded: bool) -> Tensor | None:
-    """(B, Sq) or (B, 1): queries that see a key, since of others nothing is asked; None: all.
+    """The query rows whose results are compared, bool (B, Sq) or (B, 1); None: all.
 
-    Not `padded`: without those that are padding themselves.
+    Rows that see no key are left out, since their output may be anything. If not `padded`, rows of
+    padded tokens are left out too.
     """
     if mask is None:
         return None
@@ -110,7 +111,7 @@ def rows_to_compare(mask: Tensor | None, *, padded: bool) -> Tensor | None:
 
 
 def error_of(result: Tensor, default: Tensor, rows: Tensor | None) -> float:
-    """Relative, of these rows."""
+    """The relative error of these rows, in the Euclidean norm."""
     difference, size = result.float() - default.float(), default.float()
     if rows is not None:
         difference, size = (torch.where(rows[:, :, None, None], x, 0) for x in (difference, size))

@@ -1,7 +1,7 @@
-"""The ways to compute one attention call that are compared, and what they do inside.
+"""The methods that are compared on an attention call, and probes of what each method does.
 
-diffusers' own functions are called as they are; only the kernel that they end in is replaced, by
-the one that this package runs on. What is left of a difference is how they pack.
+diffusers' functions run unchanged, except that they call the same kernel as this package. So
+methods differ only in how they pack.
 """
 
 from __future__ import annotations
@@ -44,27 +44,28 @@ BACKENDS = {
     "scaled_dot_product_efficient": "efficient",
     "attention_math": "math",
 }
-"""Part of the name of a kernel, or of PyTorch's operation -> backend; the first that is found."""
+"""Part of the name of a kernel or PyTorch operation -> backend. The first match counts."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compute a call."""
+    """One way to compute an attention call."""
 
     run: Run
     around: Callable[[], AbstractContextManager[object]] = nullcontext
-    """What it runs in, entered before its time begins."""
+    """The context that it runs in, entered before the clock starts."""
 
 
 def methods(
     plan: PackingPlan, without_pads: PackingPlan | None, packed: PackingPlan, kernel: str
 ) -> dict[str, Method]:
-    """All ways, by name; the first is the one that the others' results are held against.
+    """All methods, by name. The results of the others are compared with the first method's.
 
     Args:
-        plan: of the mask that all inputs have.
-        without_pads: that in which padded tokens are no queries; None where that is no other.
-        packed: that by which their valid tokens were packed.
+        plan: the plan of the inputs' mask.
+        without_pads: the plan that also leaves padded tokens out as queries; None if the call has
+            no padded queries.
+        packed: the plan by which `Inputs.packed` was made.
         kernel: a name from `available_kernels()`.
     """
 
@@ -110,7 +111,7 @@ def methods(
 
 @contextmanager
 def diffusers_on(kernel: str) -> Iterator[None]:
-    """Let diffusers' FlashAttention-3 functions end in our kernel."""
+    """Make diffusers' FlashAttention-3 functions call `kernel` within the context."""
 
     def dense(
         q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, **options: object
@@ -119,7 +120,7 @@ def diffusers_on(kernel: str) -> Iterator[None]:
         return chosen(q, lse=True).forward(q, k, v, Options(scale), return_lse=True)
 
     def dense_on_cpu(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-        # No log-sum-exp, which a GPU's kernel gives for nothing and the reference does not.
+        # No log-sum-exp: a GPU kernel returns it at no cost, the reference does not.
         out, _ = chosen(q, lse=False).forward(q, k, v, Options(q.shape[-1] ** -0.5))
         return out, out.new_empty(0)
 
@@ -131,7 +132,7 @@ def diffusers_on(kernel: str) -> Iterator[None]:
     hub = dispatch._HUB_KERNELS_REGISTRY[dispatch.AttentionBackendName._FLASH_3_VARLEN_HUB]
     names = ("flash_attn_3_func", "flash_attn_3_varlen_func")
     before = [*(getattr(dispatch, name) for name in names), hub.kernel_fn]
-    # diffusers registers its dense function for CUDA alone.
+    # diffusers registers its dense function for CUDA only.
     dispatch._wrapped_flash_attn_3.register_kernel("cpu")(dense_on_cpu)
     dispatch.flash_attn_3_func = dense
     dispatch.flash_attn_3_varlen_func = hub.kernel_fn = varlen
@@ -142,7 +143,7 @@ def diffusers_on(kernel: str) -> Iterator[None]:
 
 
 def attempt(method: Method, inputs: Inputs) -> Tensor | str:
-    """The result of a method, or, in words, why it does not take the call."""
+    """The method's result, or the reason why the method refuses the call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -158,7 +159,7 @@ def attempt(method: Method, inputs: Inputs) -> Tensor | str:
 
 
 def sdpa_backend(method: Method, inputs: Inputs, device: str) -> tuple[str, str]:
-    """Which of its backends PyTorch picked, and its longest kernel, read off a profile."""
+    """The backend that PyTorch picked, and its longest kernel, read from a profile."""
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with without_stderr(), profile(activities=kinds) as trace, method.around():
         method.run(inputs)
@@ -171,13 +172,13 @@ def sdpa_backend(method: Method, inputs: Inputs, device: str) -> tuple[str, str]
 
 
 def backend_in(names: list[str]) -> str:
-    """The backend that the names of kernels and operations give away."""
+    """The backend, recognised by the names of kernels and operations."""
     found = [word for part, word in BACKENDS.items() if any(part in name for name in names)]
     return found[0] if found else "unknown"
 
 
 def host_syncs(method: Method, inputs: Inputs) -> int:
-    """How often one call on a GPU makes the host wait for it."""
+    """How often one call makes the host wait for the GPU."""
     with warnings.catch_warnings(record=True) as caught, method.around():
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -189,7 +190,7 @@ def host_syncs(method: Method, inputs: Inputs) -> int:
 
 
 def peak_bytes(method: Method, inputs: Inputs, device: str) -> int:
-    """The most memory that a call has at a time, besides what it was given."""
+    """The peak memory of a call, in bytes, without its inputs."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -212,7 +213,7 @@ def peak_bytes(method: Method, inputs: Inputs, device: str) -> int:
 
 @contextmanager
 def without_stderr() -> Iterator[None]:
-    """Nothing that is written to file 2 is seen: some builds' profiler reports itself there."""
+    """Discard what is written to file descriptor 2: the profiler of some builds prints there."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

@@ -1,4 +1,4 @@
-"""Time against padding and against length, drawn."""
+"""Plot time against padding and against length."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from diffusers_fa3.errors import InputError
 from diffusers_fa3.tools.bench.tables import Row, swept
 
 FEWEST = 3
-"""Points along an axis from which they are drawn."""
+"""The fewest points along an axis that make a panel."""
 LINES = {
     "default": ("#0072B2", "default"),
     "ours": ("#D55E00", "ours, keys packed"),
     "ours+q": ("#009E73", "ours, queries packed too"),
 }
-"""Methods that are drawn: colour and name."""
+"""Method that is drawn -> (colour, label)."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One case and dtype, along one of the two axes."""
+    """The plot of one case and dtype, along padding or length."""
 
     title: str
     rows: list[Row]
     unmasked: dict[int, float]
-    """Milliseconds of the default without a mask, by tokens."""
+    """Milliseconds of the default without a mask, by number of tokens."""
     by_length: bool
 
     def where(self, row: Row) -> float:
-        """The place of a row on the horizontal axis."""
+        """The row's place on the horizontal axis: tokens, or percent of padding."""
         return row.tokens if self.by_length else 100 * (1 - (row.share or 0))
 
     def ideal(self, row: Row) -> float | None:
-        """The default without a mask, or with it where there is none without, less the padding."""
+        """The default's time, without a mask if that was measured, divided by `Row.ideal`."""
         default = self.unmasked.get(row.tokens) or row.ms("default")
         return default and default / row.ideal
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    """What there is to draw of all rows: cases at several lengths or shares of valid text."""
+    """The panels of all cases that were measured at several lengths or shares of valid text."""
     return [panel for name, lot in swept(rows).items() for panel in _panels_of(name, lot)]
 
 
@@ -67,7 +67,7 @@ def _panels_of(case: str, rows: list[Row]) -> Iterator[Panel]:
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-    """Draw a panel for each sweep into the file `path`, whose ending says the format.
+    """Draw a panel for each sweep into the file `path`, whose suffix gives the format.
 
     Raises:
         InputError: there is no sweep.

@@ -1,4 +1,4 @@
-"""What was measured, as tables."""
+"""The measurements as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 Lines = list[tuple[str, ...]]
-"""A table; its first line is its head."""
+"""A table, as lines of cells; the first line is the head."""
 
 METHODS = (
     "default",
@@ -23,9 +23,9 @@ METHODS = (
     "ours+plan",
     "bare",
 )
-"""In a row there is no "ours+q" where padded tokens are no queries of their own."""
+"""The methods, in the order of columns. A row has no "ours+q" if its call has no padded queries."""
 WAITING = ("_flash_varlen_3", "_flash_3_varlen_hub", "ours", "ours+plan")
-"""Methods of which the host's waits are shown."""
+"""The methods whose host waits are shown."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Timing:
     """One method on one call."""
 
     ms: float | None = None
-    """Median per call; None: refused."""
+    """Median milliseconds per call; None: refused."""
     times_ms: tuple[float, ...] = ()
     tflops: float | None = None
-    """TFLOP/s, of what the mask leaves to compute."""
+    """TFLOP/s, counting only the work that the mask leaves."""
     error: float | None = None
-    """Of the rows that see a key, against the default, relative, as a Euclidean norm."""
+    """Relative error against the default, in the Euclidean norm, over rows that see a key."""
     wrong: bool = False
     syncs: int | None = None
     """How often one call makes the host wait; None: not on a GPU."""
     peak_mb: float | None = None
-    """The most memory that one call has at a time, besides its inputs."""
+    """Peak memory of one call, without its inputs."""
     refused: str = ""
 
 
@@ -54,18 +54,18 @@ class Row:
     case: str
     dtype: str
     tokens: int
-    """Of text and image together."""
+    """Text and image tokens together."""
     share: float | None
-    """Of valid text; None: no mask."""
+    """Share of the text that is valid; None: no mask."""
     route: str
     backend: str
-    """Which of its backends PyTorch picked by itself."""
+    """The backend that PyTorch picked for the default."""
     backend_kernel: str
     """The kernel in which the default spends most of its time; empty on a CPU."""
     ideal: float
-    """What the padding leaves to be saved: B * Sq * Sk over the sum of q_i * k_i."""
+    """The speedup if masked pairs cost nothing: B * Sq * Sk over the sum of q_i * k_i."""
     ideal_q: float
-    """The same where padded tokens are no queries."""
+    """`ideal` if padded tokens are left out as queries too."""
     plan_ms: float
     rounds: int
     calls: int
@@ -73,33 +73,33 @@ class Row:
     methods: dict[str, Timing]
 
     def ms(self, method: str) -> float | None:
-        """Milliseconds; None where the method refuses the call, or is not there."""
+        """Milliseconds; None if the method refuses the call or is not in the row."""
         timing = self.methods.get(method)
         return None if timing is None else timing.ms
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster than PyTorch's attention with the same mask."""
+        """How many times faster "ours" is than PyTorch's attention with the same mask."""
         return _ratio(self.ms("default"), self.ms("ours"))
 
     @property
     def speedup_q(self) -> float | None:
-        """The same where padded tokens are no queries."""
+        """The speedup of "ours+q", which leaves padded tokens out as queries too."""
         return _ratio(self.ms("default"), self.ms("ours+q"))
 
     @property
     def of_ideal(self) -> float | None:
-        """The speedup as a share of what the padding leaves to be saved."""
+        """`speedup` as a share of `ideal`."""
         return self.speedup and self.speedup / self.ideal
 
     @property
     def of_ideal_q(self) -> float | None:
-        """The same where padded tokens are no queries."""
+        """`speedup_q` as a share of `ideal_q`."""
         return self.speedup_q and self.speedup_q / self.ideal_q
 
     @property
     def of_kernel(self) -> float | None:
-        """The time of the bare kernel as a share of ours."""
+        """The time of "bare" as a share of the time of "ours"."""
         return _ratio(self.ms("bare"), self.ms("ours"))
 
 
@@ -108,7 +108,7 @@ def _ratio(one: float | None, other: float | None) -> float | None:
 
 
 def show(rows: Sequence[Row], markdown: bool) -> None:
-    """Print the tables, and every refusal once."""
+    """Print the tables, and each refusal once."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     tables = {"ms per call": _method_table(rows), "peak memory, MB": _memory_table(rows)}
     tables |= {f"saved: {case}": _saving_table(lot) for case, lot in swept(rows).items()}
@@ -133,7 +133,7 @@ def swept(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _method_table(rows: Sequence[Row]) -> Lines:
-    """Milliseconds of every method; the host's waits are those of WAITING, in its order."""
+    """Milliseconds of every method; the last column has the host waits of `WAITING`, in order."""
     head = ("case", "dtype", "tokens", "valid text", "backend", *METHODS, "ours TFLOP/s", "waits")
     return [head, *map(_method_cells, rows)]
 
@@ -156,7 +156,7 @@ def _call_cells(row: Row) -> tuple[str, ...]:
 
 
 def _time_of(timing: Timing | None) -> str:
-    """Milliseconds, marked where the result is wrong."""
+    """Milliseconds, marked if the result is wrong."""
     if timing is None:
         return "-"
     if timing.ms is None:
@@ -165,7 +165,7 @@ def _time_of(timing: Timing | None) -> str:
 
 
 def _memory_table(rows: Sequence[Row]) -> Lines:
-    """Megabytes of every method, besides what it was given."""
+    """Peak megabytes of every method, without its inputs."""
     return [
         ("case", "dtype", "tokens", "valid text", *METHODS),
         *(
@@ -180,7 +180,7 @@ def _memory_of(timing: Timing | None) -> str:
 
 
 def _saving_table(rows: Sequence[Row]) -> Lines:
-    """What the padding costs, and what of it is saved, by keys alone and by queries too."""
+    """How much of the ideal is saved by packing keys alone, and by packing queries too."""
     names = ("default", "ours", "ours+q", "bare kernel", "plan")
     head = ("dtype", "tokens", "valid text", "route", *names)
     return [(*head, "speedup", "of ideal", "with +q", "of ideal"), *map(_saving_cells, rows)]
@@ -204,7 +204,7 @@ def _share_of(speedup: float | None, share: float | None, ideal: float) -> tuple
 
 
 def _refusals(rows: Sequence[Row]) -> str:
-    """Every reason once, with the calls that it was given for."""
+    """Each refusal once, with the cases that it was given for."""
     calls: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for name, timing in row.methods.items():
@@ -227,6 +227,6 @@ def table_of(lines: Lines, title: str) -> Table:
 
 
 def markdown_of(lines: Lines) -> str:
-    """The tables as Markdown."""
+    """A table as Markdown."""
     head, *body = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ("---",) * len(head), *body])

@@ -1,4 +1,4 @@
-"""Several things timed in turns, and what the time to Python is made of."""
+"""Time methods in turns, and measure the Python overhead of a switched layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARM_UP = 3
 def times_of(
     runs: dict[str, Method], sets: Sequence[object], rounds: int, device: str, calls: int
 ) -> dict[str, list[float]]:
-    """Milliseconds per call, in turns, each call on the next inputs."""
+    """Milliseconds per call of each method. Methods take turns; each call gets the next inputs."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     rotated = itertools.cycle(sets)
     clock = _time_cuda if device == "cuda" else _time_cpu
@@ -55,15 +55,16 @@ def _time_cuda(method: Method, inputs: list[object]) -> float:
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """A kernel that takes no time: what is left is the way to it and back."""
+    """A kernel that takes no time, so that only the overhead around it is measured."""
     return q
 
 
 def measure_overhead(rounds: int) -> float:
-    """Microseconds that a switched layer takes more per call, kernels aside.
+    """Extra microseconds per call of a switched layer, without kernels.
 
-    A layer on a kernel that does nothing, against the layer on its default attention less what that
-    takes by itself; on one core, with tensors so small that nothing but Python takes time.
+    This is the time of a layer on a kernel that does nothing, minus the time of the layer on its
+    default attention without the attention call itself. Measured on one thread, with tensors so
+    small that only Python takes time.
     """
     layer = Attention(16, heads=2, dim_head=8).eval()
     switched = Attention(16, heads=2, dim_head=8).eval()
