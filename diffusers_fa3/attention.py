@@ -22,7 +22,7 @@ from diffusers_fa3.errors import (
     KernelUnavailableError,
     MaskError,
 )
-from diffusers_fa3.inputs import check_inputs
+from diffusers_fa3.inputs import check_inputs, under_autocast
 from diffusers_fa3.kernels import (
     GraphKernel,
     Kernel,
@@ -86,7 +86,10 @@ def attend(
     whether self attention leaves padded tokens out as queries, too (`pack_queries`); what finds the
     plan of an earlier layer (`find_plan`); for whom compiled graphs count calls (`switch_id`).
     """
+    q, k, v = under_autocast(q, k, v)
     check_inputs(q, k, v, mask, causal)
+    if out is not None:
+        check_out(out, q, v, others=(k, mask) if isinstance(mask, Tensor) else (k,))
     batch, q_len, heads, head_dim = q.shape
     k_len = k.shape[1]
     if q.numel() == 0 or k_len == 0:
@@ -174,7 +177,7 @@ def attention(
     Values at padded keys never matter, not even NaN or inf.
 
     Args:
-        q: (B, Sq, H, D).
+        q: (B, Sq, H, D). Under `torch.autocast`, q, k and v are cast as PyTorch's attention does.
         k: (B, Sk, Hk, D), of q's dtype and device; H is a multiple of Hk.
         v: (B, Sk, Hk, Dv), likewise.
         mask: None; or bool (True: the key is seen), int (0 or 1) or additive float (0 or <= -1e4),
@@ -205,8 +208,6 @@ def attention(
         >>> attention(q, k, v, padding).shape
         torch.Size([2, 6, 4, 8])
     """
-    if out is not None:
-        check_out(out, q, v, others=(k, mask) if isinstance(mask, Tensor) else (k,))
     answer = attend(
         q, k, v, mask, scale=scale, causal=causal, kernel=kernel, out=out, return_lse=return_lse
     )

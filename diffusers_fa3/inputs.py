@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffusers_fa3.errors import InputError, MaskError
 from diffusers_fa3.masks import PackingPlan
+
+
+def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtypes in which PyTorch's attention would take them.
+
+    Under `torch.autocast` of the device, that is autocast's dtype, except for float64. There,
+    QK norms leave q and k in float32 beside v in bfloat16. Elsewhere the tensors stay as they are.
+    """
+    # Asked in every call: whether autocast is on for one device costs five times as much.
+    if not torch._C._is_any_autocast_enabled():
+        return q, k, v
+    return _autocast(q), _autocast(k), _autocast(v)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    eligible = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if eligible else x
 
 
 def check_inputs(
