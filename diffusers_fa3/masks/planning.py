@@ -173,13 +173,13 @@ def _of_every_sample(meaning: Sequences, batch: int) -> Iterator[Sequence]:
 
 
 def _ends(lens: list[int]) -> Tensor:
-    return F.pad(torch.tensor(lens).cumsum(0), (1, 0)).int()
+    return F.pad(torch.tensor(lens, device="cpu").cumsum(0), (1, 0)).int()
 
 
 def _unless_all(positions: list[Tensor], total: int, device: torch.device) -> Tensor | None:
     """The positions of the rows to gather, on `device`; None if that is all rows, in order."""
     joined = torch.cat(positions)
-    return None if torch.equal(joined, torch.arange(total)) else joined.to(device)
+    return None if torch.equal(joined, torch.arange(total, device="cpu")) else joined.to(device)
 
 
 def _plan_valid(valid: Valid, batch: int, q_len: int, k_len: int, seqused: bool) -> PackingPlan:

@@ -112,7 +112,7 @@ def _band(seen: Tensor, counts: Tensor, ends: Tensor) -> Band | None:
         return None
     right = -1 if top[-1] == k_len - 1 else top[-1] - (k_len - q_len)
     left = -1 if bottom[0] == 0 else k_len - 1 - bottom[0]
-    level = torch.arange(k_len - q_len, k_len)
+    level = torch.arange(k_len - q_len, k_len, device="cpu")
     first = torch.zeros_like(level) if left < 0 else (level - left).clamp(min=0)
     last = torch.full_like(level, k_len - 1) if right < 0 else (level + right).clamp(max=k_len - 1)
     if (counts != last - first + 1).any():
@@ -180,7 +180,7 @@ def _sequences(seen: Tensor, changes: Tensor, counts: Tensor) -> Sequences | Opa
     sequences = [
         Sequence(
             sample,
-            torch.cat([torch.arange(run.start, run.end) for run in same]),
+            torch.cat([torch.arange(run.start, run.end, device="cpu") for run in same]),
             _positions(row),
             same[0].causal,
         )
@@ -264,9 +264,10 @@ def _guessed_wrongly(seen: Tensor, causal: list[tuple[bytes, _Run]]) -> set[_Run
     if not causal:
         return set()
     k_len = seen.shape[-1]
-    places = torch.full((len(causal), k_len), k_len, dtype=torch.int32)
+    places = torch.full((len(causal), k_len), k_len, dtype=torch.int32, device="cpu")
     for place, (last_row, run) in zip(places, causal):
-        place[_positions(last_row)] = torch.arange(run.keys, dtype=torch.int32)
+        keys = torch.arange(run.keys, dtype=torch.int32, device="cpu")
+        place[_positions(last_row)] = keys
     places = places.to(seen.device)
     wrong = [_sees_too_early(seen[run.sample], run, p) for p, (_, run) in zip(places, causal)]
     answers: list[bool] = torch.stack(wrong).tolist()

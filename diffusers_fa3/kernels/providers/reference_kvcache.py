@@ -59,7 +59,8 @@ def kvcache(
     options = Options(softmax_scale, causal, window_size, softcap)
     batch, page_size = len(q), k_cache.shape[1]
     if page_table is None:
-        rows = torch.arange(batch) if cache_batch_idx is None else cache_batch_idx.cpu()
+        rows = torch.arange(batch, device="cpu")
+        rows = rows if cache_batch_idx is None else cache_batch_idx.cpu()
         page_table = rows[:, None]
     elif cache_batch_idx is not None:
         raise InputError("page_table and cache_batch_idx exclude each other")
@@ -73,7 +74,7 @@ def kvcache(
         out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
     lses = []
     for sample, length in enumerate(lens):
-        places = torch.arange(length + new)
+        places = torch.arange(length + new, device="cpu")
         pages = page_table[sample].to(k_cache.device)[places // page_size]
         at = (pages, (places % page_size).to(k_cache.device))
         if k is not None and v is not None:
