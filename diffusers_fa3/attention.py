@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from diffusers_fa3.errors import (
@@ -30,6 +31,7 @@ from diffusers_fa3.kernels import (
     Request,
     check_out,
     graph_kernel,
+    is_functional,
     read_machine,
     select,
     without_keys,
@@ -86,6 +88,8 @@ def attend(
     whether self attention leaves padded tokens out as queries, too (`pack_queries`); what finds the
     plan of an earlier layer (`find_plan`); for whom compiled graphs count calls (`switch_id`).
     """
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors there
+        return _declined("torch.jit.trace records PyTorch's attention", InputError)
     q, k, v = under_autocast(q, k, v)
     check_inputs(q, k, v, mask, causal)
     if out is not None:
@@ -105,6 +109,7 @@ def attend(
         lse=return_lse,
         backward=torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad),
+        functional=is_functional(q, k, v),
     )
     chosen = _choose(request, q.device, kernel, switch_id)
     if isinstance(chosen, Declined):
@@ -252,6 +257,8 @@ def _plan(
         return mask
     if mask is None:
         return _UNMASKED
+    if unreadable := _why_unreadable(mask):
+        return Opaque(unreadable)
     in_graph = _is_recorded(mask)
     if in_graph and not seqused:
         return Opaque("mask in a graph, on a kernel without seqused_k")
@@ -265,6 +272,21 @@ def _plan(
     if find_plan is None or in_graph:
         return make()
     return find_plan(mask, (sizes, axes_2d, seqused, pack_queries), make)
+
+
+def _why_unreadable(mask: Tensor) -> str:
+    """Why a mask has no content that could be read; empty if it has, and in a graph."""
+    if mask.is_meta:
+        return "mask on the meta device, where it has no content"
+    if torch.compiler.is_compiling():
+        return ""
+    if isinstance(mask, FakeTensor):
+        return "mask that is a FakeTensor, which has no content"
+    while torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        if torch._C._functorch.is_batchedtensor(mask):
+            return "mask that torch.func.vmap maps, where it is many masks"
+        mask = torch._C._functorch.get_unwrapped(mask)
+    return ""
 
 
 def _is_recorded(mask: Tensor) -> bool:
@@ -292,6 +314,6 @@ def _default(
         attn_mask=mask,
         scale=scale,
         is_causal=causal,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=bool(q.shape[2] != k.shape[2]),  # a tensor, in torch.jit.trace
     )
     return heads_first.transpose(1, 2)

@@ -54,6 +54,8 @@ class Request(NamedTuple):
     lse: bool = False
     backward: bool = False
     kvcache: bool = False
+    functional: bool = False
+    """q, k or v has a forward-mode derivative, or is in a transform of torch.func."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,9 @@ class Limits:
     reads_padding: bool = True
     """Whether the kernel multiplies values beyond `seqused_k` by 0 instead of skipping them. If so,
     NaN and inf there would reach the output."""
+    functional: bool = False
+    """Whether forward-mode derivatives and torch.func's transforms go through it. Raw ops drop the
+    derivative without a word."""
     seqused_k_backward: bool = False
     """Whether seqused_k may be given where gradients are needed."""
 
@@ -120,6 +125,8 @@ def rejection_reasons(limits: Limits, machine: Machine, request: Request | None)
     reasons += [
         f"built without {name}" for name, (asked, has) in wanted.items() if asked and not has
     ]
+    if request.functional and not limits.functional:
+        reasons.append("has no forward-mode derivative, nor is it known to torch.func")
     if request.backward and request.seqused_k and limits.backward and limits.seqused_k:
         reasons += [] if limits.seqused_k_backward else ["no backward with seqused_k"]
     return reasons

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffusers_fa3.errors import InputError, KernelUnavailableError
 from diffusers_fa3.kernels.signature import Signature, read_signature
@@ -171,6 +172,23 @@ def needs_grad(*tensors: Tensor) -> bool:
             if x.requires_grad:
                 return True
     return False
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether a tensor has a forward-mode derivative, at the level that is open."""
+    if forward_ad._current_level < 0:
+        return False
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    return any(unpack(x).tangent is not None for x in tensors)
+
+
+def is_functional(*tensors: Tensor) -> bool:
+    """Whether a tensor has a forward-mode derivative, or is in a transform of torch.func."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    return has_tangent(*tensors)
 
 
 def name_of(kernel: Any) -> str:

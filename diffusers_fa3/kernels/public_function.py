@@ -24,7 +24,7 @@ from diffusers_fa3.kernels.contract import (
     Limits,
     Result,
 )
-from diffusers_fa3.kernels.out import invoke, name_of, needs_grad
+from diffusers_fa3.kernels.out import has_tangent, invoke, name_of, needs_grad
 from diffusers_fa3.kernels.raw_op import RawOp
 from diffusers_fa3.kernels.signature import Signature, is_raw_op, read_signature
 from diffusers_fa3.options import DENSE, Lengths, Options, is_default
@@ -124,6 +124,8 @@ def _forward(function: Callable[..., Any]) -> InnerForward:
         result, lse = _members(name, invoke(function, q, k, v, out=out, **known), return_lse)
         if needs_grad(q, k, v) and not result.requires_grad:
             raise KernelUnavailableError(f"{name} returned a result without gradient")
+        if has_tangent(q, k, v) and not has_tangent(result):
+            raise KernelUnavailableError(f"{name} returned a result without forward derivative")
         return result, lse
 
     return call
@@ -187,6 +189,7 @@ def limits_of(signature: Signature) -> Limits:
         softcap=has("softcap"),
         backward=not kvcache,
         kvcache=kvcache,
+        functional=not kvcache,
     )
 
 

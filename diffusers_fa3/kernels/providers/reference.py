@@ -21,6 +21,7 @@ LIMITS = Limits(
     max_head_dim=2**31,
     head_dim_multiple=1,
     backward=True,
+    functional=True,
     reads_padding=False,
     seqused_k_backward=True,
 )
