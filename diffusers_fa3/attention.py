@@ -31,6 +31,7 @@ from diffusers_fa3.kernels import (
     Request,
     check_out,
     graph_kernel,
+    in_functional,
     is_functional,
     read_machine,
     select,
@@ -41,6 +42,10 @@ from diffusers_fa3.options import Options
 
 _UNMASKED = PackingPlan("dense", 0, 0, 0)
 """The plan of every call without a mask. Its sizes are not read on route dense."""
+
+# Asked in every call; whether autocast is on for one device would cost five times as much.
+_tracing = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
 
 FindPlan = Callable[[Tensor, object, Callable[[], Plan]], Plan]
 """(mask, everything else that the plan depends on, a function that makes the plan) -> the plan.
@@ -88,9 +93,11 @@ def attend(
     whether self attention leaves padded tokens out as queries, too (`pack_queries`); what finds the
     plan of an earlier layer (`find_plan`); for whom compiled graphs count calls (`switch_id`).
     """
-    if torch._C._get_tracing_state() is not None:  # sizes are tensors there
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _tracing() is not None:  # sizes are tensors there
         return _declined("torch.jit.trace records PyTorch's attention", InputError)
-    q, k, v = under_autocast(q, k, v)
+    if _any_autocast():
+        q, k, v = under_autocast(q, k, v)
     check_inputs(q, k, v, mask, causal)
     if out is not None:
         check_out(out, q, v, others=(k, mask) if isinstance(mask, Tensor) else (k,))
@@ -109,7 +116,7 @@ def attend(
         lse=return_lse,
         backward=torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad),
-        functional=is_functional(q, k, v),
+        functional=not compiling and in_functional() and is_functional(q, k, v),
     )
     chosen = _choose(request, q.device, kernel, switch_id)
     if isinstance(chosen, Declined):

@@ -15,9 +15,6 @@ def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     Under `torch.autocast` of the device, that is autocast's dtype, except for float64. There,
     QK norms leave q and k in float32 beside v in bfloat16. Elsewhere the tensors stay as they are.
     """
-    # Asked in every call: whether autocast is on for one device costs five times as much.
-    if not torch._C._is_any_autocast_enabled():
-        return q, k, v
     return _autocast(q), _autocast(k), _autocast(v)
 
 

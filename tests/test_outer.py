@@ -102,12 +102,15 @@ def test_a_model_on_the_kernel_lays_out_nothing_and_plans_once(
     model = case.build()
     default = case.run(model, "ragged")
     enable_fa3(model, kernel="reference", fallback="error", layers=r"^(single_)?transformer_blocks")
+    in_factors: list[OuterMask] = []
+    monkeypatch.setattr(OuterMask, "__init__", lambda mask, *factors: in_factors.append(mask))
     monkeypatch.setattr(OuterMask, "laid_out", None)
     output = case.run(model, "ragged")
     assert_within_budget(output, default, case.exact("ragged"))
     report = coverage(model)
     assert report.plans_made == 1
     assert report.calls == sum(row.kernel == "reference" for row in report.rows)
+    assert len(in_factors) == report.calls
 
 
 @every_case

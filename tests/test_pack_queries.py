@@ -22,7 +22,7 @@ from diffusers_fa3 import (
     enable_fa3,
     plan_packing,
 )
-from diffusers_fa3.layers.frame import PLANS
+from diffusers_fa3.layers.frame import running
 from diffusers_fa3.layers.pads import PADS_UNREAD
 from diffusers_fa3.layers.processor import record_of
 
@@ -45,7 +45,7 @@ def switched(case: Case, pack_queries: bool) -> nn.Module:
 def test_the_output_of_a_listed_model_stays_the_same(
     case: Case, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PLANS, "verify", True)
+    monkeypatch.setattr(running.plans, "verify", True)
     default = case.run(case.build(), layout)
     output = case.run(switched(case, pack_queries=True), layout)
     assert_within_budget(output, default, case.exact(layout))

@@ -16,7 +16,7 @@ from zoo.case import BATCH, cast
 from zoo.watch import watched
 
 from diffusers_fa3 import FA3AttnProcessor, FA3Error, coverage, disable_fa3, enable_fa3
-from diffusers_fa3.layers.frame import PLANS
+from diffusers_fa3.layers.frame import running
 
 NO_CALL = "makes no attention call that could be switched"
 VARLEN = ("packed", "seqused", "band")
@@ -30,7 +30,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 @pytest.fixture(autouse=True)
 def every_reused_plan_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PLANS, "verify", True)
+    monkeypatch.setattr(running.plans, "verify", True)
 
 
 def enable(model: nn.Module, case: Case) -> None:

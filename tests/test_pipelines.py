@@ -44,7 +44,7 @@ from diffusers_fa3 import (
     unregister,
 )
 from diffusers_fa3.layers.enable import models_of
-from diffusers_fa3.layers.frame import PLANS
+from diffusers_fa3.layers.frame import running
 from diffusers_fa3.layers.processor import record_of
 
 BY_NAME = {case.name: case for case in CASES}
@@ -55,7 +55,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 @pytest.fixture(autouse=True)
 def every_reused_plan_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PLANS, "verify", True)
+    monkeypatch.setattr(running.plans, "verify", True)
 
 
 class Default(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -99,16 +100,64 @@ def test_of_what_is_not_certain_only_a_refusal_is_found_again() -> None:
     )
 
 
-def test_masks_without_a_version_are_never_remembered() -> None:
+def unseen_by_data(mask: torch.Tensor) -> None:
+    mask.data[0, 2] = False
+
+
+def unseen_by_numpy(mask: torch.Tensor) -> None:
+    mask.numpy()[0, 2] = False
+
+
+def unseen_by_storage(mask: torch.Tensor) -> None:
+    mask.untyped_storage()[2] = 0
+
+
+@pytest.mark.parametrize("edit", [unseen_by_data, unseen_by_numpy, unseen_by_storage])
+def test_an_edit_that_raises_no_version_is_read_in_the_next_forward(
+    edit: Callable[[torch.Tensor], None],
+) -> None:
+    cache, mask = PlanCache(), padding(3, 2)
+    cache.begin("model", 1)
+    plan_for(cache, mask)
+    cache.begin("model", 2)
+    assert not plan_for(cache, mask)[1]
+    version = mask._version
+    edit(mask)
+    assert mask._version == version
+    cache.begin("model", 1)
+    plan, made = plan_for(cache, mask)
+    assert made
+    assert plan.cu_seqlens_k is not None
+    assert plan.cu_seqlens_k.tolist() == [0, 2, 4]
+
+
+def test_masks_without_a_version_are_read_once_in_a_forward() -> None:
     cache = PlanCache()
     with torch.inference_mode():
         mask = padding(3, 2)
         assert plan_for(cache, mask)[1]
+        assert not plan_for(cache, mask)[1]
         mask[0, 2] = False
+        cache.begin("model", 1)
         plan, made = plan_for(cache, mask)
     assert made
     assert plan.cu_seqlens_k is not None
     assert plan.cu_seqlens_k.tolist() == [0, 2, 4]
+
+
+def test_a_layer_of_another_model_begins_another_forward() -> None:
+    cache, mask = PlanCache(), padding(3, 2)
+    for model, layer, makes in [
+        ("one", 1, True),
+        ("one", 2, False),
+        ("other", 3, True),
+        ("other", 4, False),
+        ("one", 5, True),
+        ("one", 5, True),
+        ("one", 6, False),
+    ]:
+        cache.begin(model, layer)
+        assert plan_for(cache, mask)[1] == makes, (model, layer)
 
 
 def test_plans_of_dead_masks_are_dropped_and_the_rest_is_bounded() -> None:

@@ -21,7 +21,13 @@ from diffusers_fa3.kernels.compiled import (
 )
 from diffusers_fa3.kernels.contract import Kernel, Request, read_machine
 from diffusers_fa3.kernels.installed import available_kernels, check_choice, select
-from diffusers_fa3.kernels.out import call_kernel, check_out, is_functional, needs_grad
+from diffusers_fa3.kernels.out import (
+    call_kernel,
+    check_out,
+    in_functional,
+    is_functional,
+    needs_grad,
+)
 from diffusers_fa3.kernels.providers import PROVIDERS
 from diffusers_fa3.kernels.selection import KernelChoice
 
@@ -38,6 +44,7 @@ __all__ = [
     "declined",
     "executed",
     "graph_kernel",
+    "in_functional",
     "is_functional",
     "needs_grad",
     "note_declined",

@@ -182,11 +182,17 @@ def has_tangent(*tensors: Tensor) -> bool:
     return any(unpack(x).tangent is not None for x in tensors)
 
 
+def in_functional() -> bool:
+    """Whether forward-mode derivatives or a transform of torch.func may be under way."""
+    return forward_ad._current_level >= 0 or _transforms() is not None
+
+
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
 def is_functional(*tensors: Tensor) -> bool:
     """Whether a tensor has a forward-mode derivative, or is in a transform of torch.func."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transforms() is not None:
         return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
     return has_tangent(*tensors)
 

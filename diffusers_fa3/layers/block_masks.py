@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -26,9 +27,18 @@ such a mask, `read_mask` says "bias" without laying out S x S.
 ARGUMENT = "attention_mask"
 
 
+def class_in_diffusers(module: nn.Module) -> str:
+    """The name of the class in diffusers that a module is of; empty if it is of none.
+
+    The module may be of a subclass: a user's own, or one that FSDP made.
+    """
+    mro = (base for base in type(module).__mro__ if issubclass(base, nn.Module))
+    return next((base.__name__ for base in mro if base.__module__.startswith("diffusers.")), "")
+
+
 def spread_masks_of(block: nn.Module) -> None:
     """Hook a block of `BLOCKS` so that it gets its mask as a `SpreadMask`; skip other modules."""
-    if type(block).__name__ in BLOCKS and _spread not in block._forward_pre_hooks.values():
+    if class_in_diffusers(block) in BLOCKS and _spread not in block._forward_pre_hooks.values():
         block.register_forward_pre_hook(_spread, with_kwargs=True)
 
 
@@ -45,8 +55,9 @@ def _spread(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if torch.compiler.is_compiling():
         return None
-    place = _place(type(block).forward)
-    given = kwargs[ARGUMENT] if ARGUMENT in kwargs else (*args, None)[min(place, len(args))]
+    block_class: Any = type(block)
+    place = _place(block_class)
+    given = kwargs[ARGUMENT] if ARGUMENT in kwargs else next(iter(args[place:]), None)
     if type(given) is not Tensor or given.ndim != 2 or not can_be_spread(given):
         return None
     spread = given.as_subclass(SpreadMask)
@@ -56,7 +67,16 @@ def _spread(
 
 
 @cache
-def _place(forward: Callable[..., Any]) -> int:
-    """The position of the mask among the positional arguments."""
-    _, *names = inspect.signature(forward).parameters
-    return names.index(ARGUMENT)
+def _place(block_class: type) -> int:
+    """The position of the mask among the positional arguments; behind them if none is named so.
+
+    A `forward` that names no arguments hands them on to the class behind it.
+    """
+    forwards = (vars(base)["forward"] for base in block_class.__mro__ if "forward" in vars(base))
+    names = next(filter(None, map(_positional_names, forwards)))
+    return names.index(ARGUMENT) if ARGUMENT in names else sys.maxsize
+
+
+def _positional_names(forward: Callable[..., Any]) -> list[str]:
+    _, *parameters = inspect.signature(forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

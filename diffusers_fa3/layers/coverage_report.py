@@ -27,7 +27,12 @@ class Row:
     fallbacks: dict[str, int]
     """Calls that the default attention served, by reason."""
     replaced: bool = False
-    """The layer was switched, and then got another processor, which is not switched."""
+    """Since the switch, the layer got another processor, which is not switched."""
+    skipped: int = 0
+    """Runs in which the processor, which made attention calls before, made none."""
+    unswitchable: str = ""
+    """Why the layer's processor could not be switched; its calls are not counted. Empty for all
+    other layers."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class Coverage:
         reasons: Counter[str] = Counter()
         for row in self.rows:
             reasons.update(row.fallbacks)
+        skipped = sum(row.skipped for row in self.rows)
+        unswitchable = Counter(row.unswitchable for row in self.rows if row.unswitchable)
         replaced = sum(row.replaced for row in self.rows)
         mend = f"{replaced} layers were given other processors: enable_fa3 switches them again"
         return "\n".join(
@@ -76,6 +83,11 @@ class Coverage:
                 f"{self.calls} calls on a kernel, {self.fallbacks} on the default attention; "
                 f"{self.plans_made} plans made, {self.plans_reused} reused",
                 *(f"default attention, {n} times: {reason}" for reason, n in reasons.items()),
+                *(
+                    f"default attention, not counted, in {n} layers: {reason}"
+                    for reason, n in unswitchable.items()
+                ),
+                *([f"{skipped} runs of a processor made no attention call"] if skipped else []),
                 *([mend] if replaced else []),
             ]
         )
@@ -99,10 +111,14 @@ def compiled_row(switch_id: int) -> Row | None:
     return Row("compiled graphs", "", ", ".join(kernels), dict(routes), left)
 
 
-def row_of(name: str, processor: Any, record: LayerRecord | None, was_switched: bool) -> Row:
-    """The row of a layer; `record` is None if the layer is not switched."""
-    if record is None:
-        return Row(name, type(processor).__name__, "default", {}, {}, replaced=was_switched)
+def row_of_unswitched(name: str, processor: Any, replaced: bool, unswitchable: str) -> Row:
+    """The row of a layer that is not switched."""
+    name_of_class = type(processor).__name__
+    return Row(name, name_of_class, "default", {}, {}, replaced, unswitchable=unswitchable)
+
+
+def row_of(name: str, record: LayerRecord) -> Row:
+    """The row of a switched layer."""
     kernels = sorted({kernel for kernel, _ in record.calls})
     routes: Counter[str] = Counter()
     for (_, route), count in record.calls.items():
@@ -114,6 +130,7 @@ def row_of(name: str, processor: Any, record: LayerRecord | None, was_switched: 
         ", ".join(kernels) or (asked if isinstance(asked, str) else repr(asked)),
         dict(routes),
         dict(record.fallbacks),
+        skipped=record.skipped,
     )
 
 
@@ -128,7 +145,9 @@ def _alike(rows: tuple[Row, ...]) -> list[_Group]:
 
     def likeness(row: Row) -> tuple[object, ...]:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
-        return pattern, row.processor, row.kernel, row.replaced, str(row.calls), str(row.fallbacks)
+        why_default = row.replaced, row.unswitchable
+        counts = str(row.calls), str(row.fallbacks)
+        return pattern, row.processor, row.kernel, *why_default, *counts
 
     order = {key: i for i, key in enumerate(dict.fromkeys(map(likeness, rows)))}
     ordered = sorted(rows, key=lambda row: order[likeness(row)])
@@ -147,6 +166,8 @@ def _cells(group: _Group) -> tuple[str, ...]:
 
 
 def _uncounted(row: Row) -> str:
+    if row.unswitchable:
+        return "cannot be switched"
     if row.kernel == "default":
         return "replaced" if row.replaced else "not switched"
     return "none yet"

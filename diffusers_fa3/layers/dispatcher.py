@@ -10,15 +10,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.layers.calls import try_dispatched
-from diffusers_fa3.layers.enable import disable_fa3, enable_fa3, mark_switched, models_of
-from diffusers_fa3.layers.frame import Frame
+from diffusers_fa3.layers.enable import disable_fa3, enable_fa3, leave, mark_switched, models_of
+from diffusers_fa3.layers.frame import Frame, begin
 from diffusers_fa3.layers.processor import is_request, record_of, unwrap, wrap
 from diffusers_fa3.layers.record import LayerRecord, Settings
 
@@ -100,7 +102,12 @@ def _patch(target: type, name: str, replacement: Callable[..., Any]) -> None:
 
 def _set_processor(layer: Any, original: Callable[..., None], processor: Any) -> None:
     if is_request(processor):
-        processor = wrap(unwrap(layer.processor), processor._fa3.settings)
+        settings = processor._fa3.settings
+        try:
+            processor = wrap(unwrap(layer.processor), settings)
+        except UnsupportedModelError as error:
+            leave(layer, str(error), settings)
+            return
         mark_switched(layer)
     original(layer, processor)
 
@@ -167,6 +174,8 @@ def _backend_before(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(native)
     def backend(**call: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            begin(_PROCESS, ())  # it knows no layers: each call may be of another forward
         out = try_dispatched(
             Frame(_PROCESS, (), {}),
             call["query"],

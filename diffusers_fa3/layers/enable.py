@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from torch import nn
 
-from diffusers_fa3.errors import InputError, UnsupportedModelError
+from diffusers_fa3.errors import FallbackWarning, InputError, UnsupportedModelError
 from diffusers_fa3.kernels import KernelChoice, check_choice
 from diffusers_fa3.layers.block_masks import lay_out_masks_of, spread_masks_of
-from diffusers_fa3.layers.coverage_report import Coverage, compiled_row, row_of
+from diffusers_fa3.layers.coverage_report import (
+    Coverage,
+    Row,
+    compiled_row,
+    row_of,
+    row_of_unswitched,
+)
 from diffusers_fa3.layers.pads import layers_that_pack_queries
 from diffusers_fa3.layers.processor import is_request, record_of, unwrap, wrap
 from diffusers_fa3.layers.record import Fallback, Settings
@@ -22,7 +30,16 @@ DENOISERS = re.compile(r"(^|_)(transformer|unet|controlnet|prior|super_res)|^dec
 LayerFilter = str | Callable[[str, nn.Module], bool]
 
 SWITCHED = "_fa3_switched"
-"""Attribute of a layer that was switched: diffusers may give it another processor at any time."""
+"""Attribute of a layer that was switched: diffusers may give it another processor at any time. It
+is True, or the `Refusal` of a layer that stayed as it was."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a layer could not be switched; it holds as long as the layer has this processor."""
+
+    processor: Any
+    reason: str
 
 
 def enable_fa3(
@@ -43,6 +60,9 @@ def enable_fa3(
     backend setting stay on the kernel. So do all layers under `attention_backend(...)`, which sets
     the backend of the process.
 
+    A layer whose processor cannot be wrapped, such as a function, stays on the default attention.
+    `coverage` gives the reason; the layer's calls cannot be counted.
+
     Args:
         pipe_or_model: a diffusers model, any module with attention layers below it, or a pipeline.
             Of a pipeline, the denoisers are switched: the components with transformer, unet,
@@ -52,7 +72,8 @@ def enable_fa3(
             function with FlashAttention's arguments, which is used or refused.
         fallback: how a call is told that no kernel can serve and that the default attention serves
             instead. Every such call is counted. "warn" also warns once for each processor class and
-            reason, "error" raises instead of serving, "silent" does neither.
+            reason, "error" raises instead of serving, "silent" does neither. A layer that cannot be
+            switched is told at once: "warn" warns once for each reason, "error" raises.
         layers: which of the layers: a regular expression, searched in their names as `coverage`
             shows them; or a function of a layer's name and module. None: all.
         pack_queries: leave padded tokens out as queries, too, and not as keys alone. This is for
@@ -65,7 +86,8 @@ def enable_fa3(
         What `coverage` says now.
 
     Raises:
-        UnsupportedModelError: there is no attention layer, or none that `layers` selects; or
+        UnsupportedModelError: there is no attention layer, or none that `layers` selects, or none
+            of those can be switched; with fallback="error", one of them cannot be; or
             `pack_queries` for a model that is not known to leave padded tokens unread.
         KernelUnavailableError: `kernel` is not a known name, or is not installed.
         InputError: an unknown `fallback`.
@@ -96,13 +118,24 @@ def enable_fa3(
             f"{', '.join(list(found)[:3])}, ..."
         )
     packing = _layers_that_pack_queries(pipe_or_model) if pack_queries else frozenset()
-    wrapped = [
-        (layer, wrap(unwrap(layer.processor), settings, name, name in packing))
-        for name, layer in selected.items()
-    ]
-    for layer, processor in wrapped:
-        layer.processor = processor
-        mark_switched(layer)
+    components = [prefix for prefix, _ in models_of(pipe_or_model)]
+    wrapped: dict[str, Any] = {}
+    refusals: dict[str, Refusal] = {}
+    for name, layer in selected.items():
+        component = next(prefix for prefix in components if name.startswith(prefix))
+        try:
+            wrapped[name] = wrap(
+                unwrap(layer.processor), settings, name, name in packing, component
+            )
+        except UnsupportedModelError as error:
+            refusals[name] = Refusal(layer.processor, str(error))
+    if refusals:
+        _tell(refusals, len(selected), settings)
+    for name, processor in wrapped.items():
+        selected[name].processor = processor
+        mark_switched(selected[name])
+    for name, refusal in refusals.items():
+        setattr(selected[name], SWITCHED, refusal)
     _for_every_module(pipe_or_model, spread_masks_of)
     return coverage(pipe_or_model)
 
@@ -128,6 +161,7 @@ def disable_fa3(pipe_or_model: Any) -> None:
             layer.processor = unwrap(layer.processor)
         vars(layer).pop(SWITCHED, None)
     _for_every_module(pipe_or_model, lay_out_masks_of)
+    _for_every_module(pipe_or_model, _unwrap_kept_processors)
 
 
 def coverage(pipe_or_model: Any) -> Coverage:
@@ -151,10 +185,7 @@ def coverage(pipe_or_model: Any) -> Coverage:
         {'float32 mask with values that are a bias, not a mask': 1}
     """
     layers = list(_layers(pipe_or_model))
-    rows = [
-        row_of(name, layer.processor, record_of(layer.processor), hasattr(layer, SWITCHED))
-        for name, layer in layers
-    ]
+    rows = [_row(name, layer) for name, layer in layers]
     records = [record for _, layer in layers if (record := record_of(layer.processor)) is not None]
     switches = dict.fromkeys(record.settings.switch_id for record in records)
     compiled = [row for row in map(compiled_row, switches) if row is not None]
@@ -166,12 +197,18 @@ def coverage(pipe_or_model: Any) -> Coverage:
 
 
 def _layers(pipe_or_model: Any) -> Iterator[tuple[str, Any]]:
-    """(name, module) of all attention layers; known by a `processor` that can be called."""
+    """(name, module) of all attention layers; known by a `processor` that can be called.
+
+    The processor is the module's own. Wrappers, as `torch.compile` makes them, hand on the
+    attributes of the module below, which is found by itself.
+    """
     found = [
         (f"{prefix}{name}", module)
         for prefix, model in models_of(pipe_or_model)
         for name, module in model.named_modules()
-        if callable(getattr(module, "processor", None)) and not is_request(module.processor)
+        if ("processor" in vars(module) or "processor" in module._modules)
+        and callable(module.processor)
+        and not is_request(module.processor)
     ]
     if not found:
         raise UnsupportedModelError(
@@ -187,6 +224,60 @@ def _layers_that_pack_queries(pipe_or_model: Any) -> frozenset[str]:
         for prefix, model in models_of(pipe_or_model)
         for name in layers_that_pack_queries(model)
     )
+
+
+def _row(name: str, layer: Any) -> Row:
+    record = record_of(layer.processor)
+    if record is not None:
+        return row_of(name, record)
+    switched = vars(layer).get(SWITCHED)
+    if isinstance(switched, Refusal) and switched.processor is layer.processor:
+        return row_of_unswitched(name, layer.processor, False, switched.reason)
+    return row_of_unswitched(name, layer.processor, switched is not None, "")
+
+
+def _tell(refusals: Mapping[str, Refusal], selected: int, settings: Settings) -> None:
+    """Raise if layers that cannot be switched are an error, else warn as the user asked."""
+    layers_of: dict[str, list[str]] = {}
+    for name, refusal in refusals.items():
+        layers_of.setdefault(refusal.reason, []).append(name)
+    told = {_some(names): reason for reason, names in layers_of.items()}
+    if len(refusals) == selected or settings.fallback == "error":
+        raise UnsupportedModelError(
+            f"{len(refusals)} of {selected} attention layers cannot be switched. "
+            f"{'. '.join(f'{names}: {reason}' for names, reason in told.items())}. Select others "
+            "by `layers`: a regular expression, searched in their names, or a function of the name "
+            "and the module of a layer"
+        )
+    if settings.fallback == "warn":
+        for names, reason in told.items():
+            text = f"{names}: the default attention serves, and is not counted: {reason}"
+            warnings.warn(text, FallbackWarning, stacklevel=3)
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return ", ".join(names[:3]) + more
+
+
+def leave(layer: Any, reason: str, settings: Settings) -> None:
+    """Leave one layer, whose name is unknown, on the default attention; tell it as the user asked.
+
+    Raises:
+        UnsupportedModelError: with fallback="error".
+    """
+    refusal = Refusal(layer.processor, reason)
+    # One of two: its neighbours may be switched, so only fallback="error" raises.
+    _tell({type(layer).__name__: refusal}, 2, settings)
+    setattr(layer, SWITCHED, refusal)
+
+
+def _unwrap_kept_processors(module: nn.Module) -> None:
+    """Models with fused projections keep the processors that unfusing gives back."""
+    kept = vars(module).get("original_attn_processors")
+    if isinstance(kept, dict):
+        vars(module)["original_attn_processors"] = {n: unwrap(p) for n, p in kept.items()}
 
 
 def mark_switched(layer: nn.Module) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_fa3.attention import Declined, Served, attend
 from diffusers_fa3.errors import InputError, UnsupportedModelError
@@ -16,7 +16,7 @@ from diffusers_fa3.layers.given import read_arguments
 from diffusers_fa3.layers.record import LayerRecord
 from diffusers_fa3.masks import Axes2D, Plan, PlanCache, sources_of
 
-PLANS = PlanCache(verify=os.environ.get("DIFFUSERS_FA3_VERIFY_PLANS") == "1")
+UNREACHED = "makes no attention call that could be switched"
 
 LEAVE_ATTENTION_OUT = frozenset({"LTX2PerturbedAttnProcessor"})
 """Classes of processors that make no attention call when the caller asks them to skip attention."""
@@ -39,12 +39,15 @@ class Frame:
 
     def __exit__(self, failed: object, *_: object) -> None:
         running.frame = self.enclosing
-        if failed is None and not (self.attention_calls or self._may_leave_attention_out()):
-            reason = "makes no attention call that could be switched"
-            way_out = "leave the layer out by `layers`"
-            self.record.decline(reason, UnsupportedModelError(f"{self.record} {reason}; {way_out}"))
+        if failed is None and not (self.attention_calls or self._leaves_attention_out()):
+            words = f"{self.record} {UNREACHED}; leave the layer out by `layers`"
+            self.record.decline(UNREACHED, UnsupportedModelError(words))
 
-    def _may_leave_attention_out(self) -> bool:
+    def _leaves_attention_out(self) -> bool:
+        """Whether the processor chose to make no call: it is known to, or it made one before."""
+        if not torch.compiler.is_compiling() and (self.record.calls or self.record.fallbacks):
+            self.record.skipped += UNREACHED not in self.record.fallbacks
+            return UNREACHED not in self.record.fallbacks
         mro = type(self.record.processor).__mro__
         return any(base.__name__ in LEAVE_ATTENTION_OUT for base in mro)
 
@@ -60,7 +63,7 @@ class Frame:
         axes_2d: Axes2D,
     ) -> Tensor | None:
         """The kernel's output; or None, with the reason counted, if the default must serve."""
-        unseen = _what_a_kernel_would_miss(mask)
+        unseen = _what_a_kernel_would_miss()
         if unseen:
             self.decline(unseen)
             return None
@@ -108,16 +111,14 @@ class Frame:
             sources, certain = tuple(given.masks), given.settles(mask)
             made_by = (type(self.record.processor), self.attention_calls, mask.dtype, mask.shape)
             call = (call, *made_by, *given.rest)
-        plan, made = PLANS.find(sources, call, make, certain)
+        plan, made = running.plans.find(sources, call, make, certain)
         self.record.plans_made += made
         self.record.plans_reused += not made
         return plan
 
 
-def _what_a_kernel_would_miss(mask: Tensor | None) -> str:
+def _what_a_kernel_would_miss() -> str:
     """Why only PyTorch's attention can serve the call; empty if a kernel can serve it."""
-    if mask is not None and mask.is_meta:
-        return "mask on the meta device, where it has no content"
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # torch gives it no types
     for mode in modes:
         # torch's own modes set the device of new tensors. diffusers' perturbed-attention guidance
@@ -133,6 +134,19 @@ class _Running(threading.local):
     def __init__(self) -> None:
         # Set on the instance at once, since Dynamo guards that the attribute is there.
         self.frame: Frame | None = None
+        self.plans = PlanCache(verify=os.environ.get("DIFFUSERS_FA3_VERIFY_PLANS") == "1")
 
 
 running = _Running()
+
+
+def begin(record: LayerRecord, args: tuple[Any, ...]) -> None:
+    """Note that a layer runs: plans of an earlier forward are forgotten. Not for graphs.
+
+    Several layers may share a processor that was wrapped by hand. They are told apart by the
+    processor's first argument, which is the layer in diffusers.
+    """
+    layer: object = record
+    if record.model is None and args and isinstance(args[0], nn.Module):
+        layer = args[0]
+    running.plans.begin(record.model, id(layer))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fa3.masks import base_of, sources_of
+from diffusers_fa3.masks import memory_of, sources_of
 
 
 @dataclass(slots=True)
@@ -24,8 +24,8 @@ class Given:
 
     def holds(self, sources: Iterable[Tensor]) -> bool:
         """Whether the mask that has these sources is one of the given masks, or a view of one."""
-        bases = {id(base_of(mask)) for mask in self.masks}
-        return bases.issuperset(id(base_of(source)) for source in sources)
+        given = {memory_of(mask) for mask in self.masks}
+        return given.issuperset(map(memory_of, sources))
 
     def settles(self, made: Tensor) -> bool:
         """Whether a mask that the processor made follows from the given arguments alone.

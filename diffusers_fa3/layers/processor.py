@@ -6,15 +6,19 @@ import functools
 import inspect
 import sys
 import types
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 
 from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.kernels import KernelChoice
-from diffusers_fa3.layers.frame import Frame
+from diffusers_fa3.layers.frame import Frame, begin
 from diffusers_fa3.layers.rebind import Helpers, bases_on_ours
 from diffusers_fa3.layers.record import Fallback, LayerRecord, Settings
+
+WRAPPED = "_fa3_wrapped"
+"""Attribute of a processor's class: the class, and that of its wrapped processors."""
 
 
 class FA3AttnProcessor:
@@ -32,7 +36,8 @@ class FA3AttnProcessor:
             once for each reason, "error" raises, "silent" does neither.
 
     Raises:
-        UnsupportedModelError: `processor` is no attention processor.
+        UnsupportedModelError: `processor` cannot be wrapped: it is a function, a functools.partial,
+            a bound method, or has no `__dict__`.
 
     Example:
         >>> from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -75,7 +80,13 @@ class FA3AttnProcessor:
         record = self._fa3
         if record.processor is None:
             return _request, (record.settings,)
-        return wrap, (record.processor, record.settings, record.name, record.pack_queries)
+        return wrap, (
+            record.processor,
+            record.settings,
+            record.name,
+            record.pack_queries,
+            record.component,
+        )
 
     def __repr__(self) -> str:
         wrapped = self._fa3.processor
@@ -83,24 +94,37 @@ class FA3AttnProcessor:
 
 
 def wrap(
-    processor: Any, settings: Settings, name: str = "", pack_queries: bool = False
+    processor: Any,
+    settings: Settings,
+    name: str = "",
+    pack_queries: bool = False,
+    component: str | None = None,
 ) -> FA3AttnProcessor:
     """`processor` with its attention calls on the kernel; the object itself stays as it is.
 
     Raises:
-        UnsupportedModelError: it is no processor, or one without attributes that could be shared.
+        UnsupportedModelError: it is no object of a class with a `__call__` that could be replaced,
+            or one whose attributes cannot be shared, or its class allows no subclass.
     """
     cls: Any = type(processor)
-    if not callable(processor) or isinstance(processor, type | types.FunctionType):
-        raise UnsupportedModelError(f"an attention processor is a callable object; got {processor}")
-    if not hasattr(processor, "__dict__"):
+    if not isinstance(_own_call(cls.__mro__), types.FunctionType):
         raise UnsupportedModelError(
-            f"{cls.__name__} has no __dict__ to share; it cannot be wrapped"
+            "only a callable object whose class has a method `__call__`, written in Python, can be "
+            f"switched; got a {cls.__name__}"
         )
-    wrapped: FA3AttnProcessor = object.__new__(_wrapped_class(cls))
-    object.__setattr__(wrapped, "__dict__", processor.__dict__)
-    record = LayerRecord(processor, settings, name, pack_queries)
-    object.__setattr__(wrapped, "_fa3", record)
+    record = LayerRecord(processor, settings, name, pack_queries, component)
+    try:
+        if not hasattr(processor, "__dict__"):
+            raise AttributeError("it has no __dict__ to share")
+        wrapped: FA3AttnProcessor = object.__new__(_wrapped_class(cls))
+        object.__setattr__(wrapped, "__dict__", processor.__dict__)
+        object.__setattr__(wrapped, "_fa3", record)
+        if record_of(wrapped) is not record:
+            raise AttributeError("it hands attributes on to another object")
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # a metaclass, `__init_subclass__` or `__getattr__` may raise any
+        raise UnsupportedModelError(f"{cls.__name__} cannot be wrapped: {error}") from error
     return wrapped
 
 
@@ -147,14 +171,24 @@ def _class_of(processor: FA3AttnProcessor, own: type) -> type:
     return type(processor) if is_dynamo else own
 
 
-@functools.cache
 def _wrapped_class(cls: type) -> type:
+    """The class of wrapped processors of a class; kept on the class, so that both may go."""
+    original, wrapped = vars(cls).get(WRAPPED, (None, None))
+    if original is not cls:  # a class may be made of another one's attributes
+        wrapped = _make_wrapped_class(cls)
+        setattr(cls, WRAPPED, (cls, wrapped))
+    return cast(type, wrapped)
+
+
+def _make_wrapped_class(cls: type) -> type:
     helpers = Helpers.of(cls)
 
     @functools.wraps(cls.__call__)
     def __call__(self: FA3AttnProcessor, *args: Any, **kwargs: Any) -> Any:
-        if helpers is not None and not torch.compiler.is_compiling():
-            helpers.follow()
+        if not torch.compiler.is_compiling():
+            begin(self._fa3, args)
+            if helpers is not None:
+                helpers.follow()
         with Frame(self._fa3, args, kwargs):
             return own_call(self, *args, **kwargs)
 
@@ -172,7 +206,11 @@ def _wrapped_class(cls: type) -> type:
             "__doc__": cls.__doc__,
         },
     )
-    # The class's own `__call__`, bound anew or not; nn.Module's, where the class has a forward.
     _, _, *behind = wrapped.__mro__
-    own_call = next(vars(base)["__call__"] for base in behind if "__call__" in vars(base))
+    own_call = _own_call(behind)
     return wrapped
+
+
+def _own_call(mro: Iterable[type]) -> Any:
+    """A class's own `__call__`, bound anew or not; nn.Module's, where the class has a forward."""
+    return next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)

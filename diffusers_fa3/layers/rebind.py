@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from threading import RLock
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 from diffusers.models import attention_dispatch
 from torch.nn import functional as F
@@ -34,8 +34,12 @@ _ATTENTION = tuple(
 )
 """(namespace of the original, its name, the original, our function)"""
 
+COPY = "_fa3_copy"
+"""Attribute of a function, or of a class, that holds it and its copy. A table of ours would keep
+both alive, and with them everything that they close over: a model, if the class is made in a
+function. Attributes are copied between objects at times, so the attribute says whose copy it is."""
+
 _lock = RLock()
-_copies: dict[FunctionType, FunctionType] = {}
 
 
 def bases_on_ours(cls: type) -> tuple[type, ...]:
@@ -52,19 +56,23 @@ def bases_on_ours(cls: type) -> tuple[type, ...]:
     return (*first, cls, *twins.values())
 
 
-@functools.cache
 def _twin(cls: type) -> type | None:
     """A subclass with copies of `cls`'s own functions that lead to attention; None if none do."""
     with _lock:
+        original, twin = vars(cls).get(COPY, (None, None))
+        if original is cls:
+            return cast(type, twin)
         members = {
             name: _rebind_member(member)
             for name, member in vars(cls).items()
             if name not in ("__init__", "__new__") and any(map(_leads, _functions_of(member)))
         }
-    if not members:
-        return None
-    members |= {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls)(cls.__name__, (cls,), members)
+        if not members:
+            return None
+        names = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        made: type = type(cls)(cls.__name__, (cls,), members | names)
+        setattr(cls, COPY, (cls, made))
+        return made
 
 
 class Helpers:
@@ -166,8 +174,9 @@ def _is_helper(load: Load, function: FunctionType) -> bool:
 
 def _rebind(function: FunctionType) -> FunctionType:
     """Copy a function that leads to attention, and add what the prefixed names lead to."""
-    if function in _copies:
-        return _copies[function]
+    original, known = vars(function).get(COPY, (None, None))
+    if original is function:
+        return cast(FunctionType, known)
     taken: list[Load] = []
 
     def new_name(load: Load) -> str | None:
@@ -177,11 +186,12 @@ def _rebind(function: FunctionType) -> FunctionType:
         return PREFIX + load.name
 
     code = renamed(function.__code__, function.__globals__, new_name)
-    copy = _copies[function] = FunctionType(
+    copy = FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function)
+    vars(function)[COPY] = (function, copy)
     del vars(copy)["__wrapped__"]  # a copy is no wrapper: it has its own signature
     for load in taken:
         load.namespace[PREFIX + load.name] = _ours(load) or _rebind(load.value)

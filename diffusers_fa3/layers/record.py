@@ -47,12 +47,23 @@ class LayerRecord:
     name: str = ""
     pack_queries: bool = False
     """Whether padded tokens are left out as queries too."""
+    component: str | None = None
+    """The component of the pipeline that the layer is in, "" for a model that was switched by
+    itself; None for a processor that was wrapped by hand."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Calls that a kernel served, by kernel and route."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Calls that the default attention served, by reason."""
+    skipped: int = 0
+    """Runs in which the processor, which made attention calls before, made none."""
     plans_made: int = 0
     plans_reused: int = 0
+    model: tuple[int, str] | None = field(init=False)
+    """Tells the models that were switched apart; None for processors wrapped by hand."""
+
+    def __post_init__(self) -> None:
+        by_hand = self.component is None
+        self.model = None if by_hand else (self.settings.switch_id, str(self.component))
 
     def decline(self, reason: str, error: FA3Error) -> None:
         """Count a call that the default attention serves; raise or warn as the user asked."""

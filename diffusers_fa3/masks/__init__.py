@@ -13,7 +13,7 @@ from __future__ import annotations
 from diffusers_fa3.masks.meaning import Opaque
 from diffusers_fa3.masks.outer import SpreadMask, can_be_spread, sources_of
 from diffusers_fa3.masks.packing import PackingPlan
-from diffusers_fa3.masks.plan_cache import Plan, PlanCache, base_of
+from diffusers_fa3.masks.plan_cache import Plan, PlanCache, memory_of
 from diffusers_fa3.masks.planning import plan_packing, try_plan
 from diffusers_fa3.masks.read import Axes2D
 
@@ -24,8 +24,8 @@ __all__ = [
     "Plan",
     "PlanCache",
     "SpreadMask",
-    "base_of",
     "can_be_spread",
+    "memory_of",
     "plan_packing",
     "sources_of",
     "try_plan",

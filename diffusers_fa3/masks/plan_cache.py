@@ -1,14 +1,15 @@
-"""Reuse of plans: layers share masks, and making a plan costs a read from the device."""
+"""Reuse of plans in a forward: layers share masks, and making a plan costs a read of the device."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
 from diffusers_fa3.errors import FA3Error
@@ -17,18 +18,19 @@ from diffusers_fa3.masks.packing import PackingPlan
 from diffusers_fa3.options import Lengths
 
 Plan = PackingPlan | Opaque
+Alive = Callable[[], bool]
 
 CAPACITY = 256
 """The most plans kept: more than the models of a process use in one forward."""
 
 
 class PlanCache:
-    """Plans, keyed by their source tensors. A plan is valid while its sources live unchanged.
+    """The plans of one forward on one thread, keyed by their source tensors.
 
-    A source is identified by its base tensor (held weakly), the base's version, which every
-    in-place edit raises, and the source's view of the base. Addresses do not serve: memory is
-    reused. Inference tensors have no version, so edits of them cannot be seen: their plans are not
-    kept.
+    A source is identified by its memory (watched, since memory is reused), its version, which
+    in-place edits raise, and its view of the memory. But `torch.distributed`, NumPy and
+    `tensor.data` write without raising the version, and inference tensors have none. So a plan is
+    kept for one forward only: see `begin`.
 
     Args:
         verify: at every reuse, also make the plan again and compare. Slow; finds wrong reuse.
@@ -36,8 +38,26 @@ class PlanCache:
 
     def __init__(self, verify: bool = False) -> None:
         self.verify = verify
-        self._plans: OrderedDict[object, tuple[tuple[TensorWeakRef, ...], Plan]] = OrderedDict()
-        self._lock = Lock()
+        self._plans: OrderedDict[object, tuple[list[Alive], Plan]] = OrderedDict()
+        self._model: object = None
+        self._layers: set[int] = set()
+
+    def begin(self, model: object, layer: int) -> None:
+        """Note that a layer runs, and forget all plans if it begins another forward.
+
+        A forward is over when a layer runs that ran in it before, or a layer of another model. A
+        layer that runs twice in a forward costs one more read.
+
+        Args:
+            model: tells models apart, by equality.
+            layer: tells the layers of a model apart.
+        """
+        layers = self._layers
+        if layer in layers or model != self._model:
+            self._plans.clear()
+            layers.clear()
+            self._model = model
+        layers.add(layer)
 
     def find(
         self,
@@ -59,33 +79,44 @@ class PlanCache:
         Raises:
             FA3Error: with `verify`, the kept plan differs from the plan made again.
         """
-        if any(source.is_inference() for source in sources):
-            return make(), True
-        bases = [base_of(source) for source in sources]
-        key = (tuple(map(_view, sources, bases)), call)
+        key = (tuple(map(_view, sources)), call)
         remembered = self._plans.get(key)
         if remembered is not None and (certain or isinstance(remembered[1], Opaque)):
-            references, plan = remembered
-            if all(ref() is base for ref, base in zip(references, bases)):
+            alive, plan = remembered
+            if all(is_alive() for is_alive in alive):
                 if self.verify and certain and not _same(plan, make()):
                     raise FA3Error(f"a plan was reused for another mask; call: {call}")
                 return plan, False
         plan = make()
-        with self._lock:
-            self._forget_the_dead()
-            self._plans[key] = (tuple(map(TensorWeakRef, bases)), plan)
+        self._forget_the_dead()
+        self._plans[key] = (list(map(_watch, sources)), plan)
         return plan, True
 
     def _forget_the_dead(self) -> None:
-        for key, (references, _) in list(self._plans.items()):
-            if any(reference() is None for reference in references):
+        for key, (alive, _) in list(self._plans.items()):
+            if not all(is_alive() for is_alive in alive):
                 del self._plans[key]
         while len(self._plans) >= CAPACITY:
             self._plans.popitem(last=False)
 
 
-def base_of(source: Tensor) -> Tensor:
-    """The tensor that `source` is a view of, or `source` itself if it is no view."""
+def memory_of(source: Tensor) -> int:
+    """Tells the memory of living tensors apart: the same for a tensor and its views."""
+    if source.is_inference():  # its views do not know what they are views of
+        return int(source.untyped_storage()._cdata)
+    return id(_base(source))
+
+
+def _watch(source: Tensor) -> Alive:
+    """Whether the memory of a tensor is still the same as now, whenever that is asked."""
+    if source.is_inference():
+        storage: Any = StorageWeakRef(source.untyped_storage())  # type: ignore[no-untyped-call]  # torch gives it no types
+        return lambda: not storage.expired()
+    base = TensorWeakRef(_base(source))
+    return lambda: base() is not None
+
+
+def _base(source: Tensor) -> Tensor:
     return source if source._base is None else source._base
 
 
@@ -105,10 +136,10 @@ def _alike(one: object, two: object) -> bool:
     return one == two
 
 
-def _view(source: Tensor, base: Tensor) -> tuple[object, ...]:
+def _view(source: Tensor) -> tuple[object, ...]:
     return (
-        id(base),
-        base._version,
+        memory_of(source),
+        0 if source.is_inference() else source._version,
         source.dtype,
         source.shape,
         source.stride(),

@@ -1,0 +1,173 @@
+"""A plan lives for one forward: whatever changed the mask since, the next forward reads it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from zoo import CASES
+
+from diffusers_fa3 import FA3AttnProcessor, attention, coverage, enable_fa3
+
+BY_NAME = {case.name: case for case in CASES}
+MASKED = [name for name in ("flux", "qwenimage", "pixart", "chroma") if name in BY_NAME]
+HERE = Path(__file__).parent
+
+
+def by_numpy(mask: Tensor) -> None:
+    mask.numpy()[..., 1] = 0
+
+
+def by_data(mask: Tensor) -> None:
+    mask.data[..., 1] = 0
+
+
+EDITS = [by_numpy, by_data]
+
+
+def masks_of(inputs: dict[str, object]) -> list[Tensor]:
+    nested = inputs.get("joint_attention_kwargs") or {}
+    named = {**inputs, **nested}
+    return [x for name, x in named.items() if "mask" in name and isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", MASKED)
+def test_an_edit_unseen_by_pytorch_is_seen_by_the_next_forward(
+    name: str, mode: Callable[[], object], edit: Callable[[Tensor], None]
+) -> None:
+    case = BY_NAME[name]
+    with mode():
+        inputs = case.inputs("ragged", 0.0)
+        switched, default = case.build(), case.build()
+        enable_fa3(switched, kernel="reference", fallback="error")
+        first = switched(**inputs)[0]
+        for mask in masks_of(inputs):
+            versions = None if mask.is_inference() else mask._version
+            edit(mask)
+            assert versions is None or mask._version == versions
+        second, expected = switched(**inputs)[0], default(**inputs)[0]
+    torch.testing.assert_close(second, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(first, second, atol=1e-5)
+
+
+def layers(count: int, wrap: Callable[[int], object]) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(
+        Attention(query_dim=8, heads=2, dim_head=4, processor=wrap(i)) for i in range(count)
+    )
+
+
+def run(stack: nn.ModuleList, x: Tensor, mask: Tensor) -> Tensor:
+    for layer in stack:
+        x = layer(x, attention_mask=mask)
+    return x
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_that_share_one_wrapped_processor_share_a_plan(mode: Callable[[], object]) -> None:
+    """As `unet.set_attn_processor(FA3AttnProcessor(AttnProcessor2_0()))` has them."""
+    shared = FA3AttnProcessor(AttnProcessor2_0(), kernel="reference", fallback="error")
+    stack = layers(4, lambda i: shared)
+    with mode():
+        x, mask = torch.randn(2, 6, 8), (torch.arange(6) < torch.tensor([[4], [6]]))[:, None]
+        run(stack, x, mask)
+        run(stack, x, mask)
+    report = coverage(stack)
+    record = shared._fa3
+    assert (record.plans_made, record.plans_reused) == (2, 6)
+    assert report.fallbacks == 0
+
+
+def test_two_models_with_one_mask_each_read_it() -> None:
+    first, second = (layers(3, lambda i: AttnProcessor2_0()) for _ in range(2))
+    plain = layers(3, lambda i: AttnProcessor2_0())
+    for stack in (first, second):
+        enable_fa3(stack, kernel="reference", fallback="error")
+    x, mask = torch.randn(2, 6, 8), (torch.arange(6) < torch.tensor([[4], [6]]))[:, None]
+    run(first, x, mask)
+    mask.data[:, :, 2] = False  # no layer of the second model has run before
+    torch.testing.assert_close(run(second, x, mask), run(plain, x, mask))
+    assert [coverage(stack).plans_made for stack in (first, second)] == [1, 1]
+
+
+def test_a_layer_that_runs_twice_in_a_forward_reads_once_more() -> None:
+    stack = layers(3, lambda i: AttnProcessor2_0())
+    enable_fa3(stack, kernel="reference", fallback="error")
+    x, mask = torch.randn(2, 6, 8), (torch.arange(6) < torch.tensor([[4], [6]]))[:, None]
+    run(nn.ModuleList([*stack, *stack]), x, mask)
+    assert (coverage(stack).plans_made, coverage(stack).plans_reused) == (2, 4)
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+sys.path[:0] = {path!r}
+from zoo import CASES
+from diffusers_fa3 import enable_fa3
+
+case = next(case for case in CASES if case.name == {name!r})
+
+def change(mask, how):
+    if how == "broadcast":
+        dist.broadcast(mask, 0)
+    elif how == "all_reduce":
+        number = mask if mask.dtype != torch.bool else mask.view(torch.uint8)
+        dist.all_reduce(number, dist.ReduceOp.MIN)
+    elif dist.get_rank() == 0:
+        dist.send(mask, 1)
+    else:
+        dist.recv(mask, 0)
+
+def rank(i, file):
+    dist.init_process_group("gloo", init_method="file://" + file, rank=i, world_size=2)
+    for how in ("broadcast", "all_reduce", "recv"):
+        inputs = case.inputs("ragged", 0.0)
+        nested = inputs.get("joint_attention_kwargs") or {{}}
+        (mask,) = (x for n, x in {{**inputs, **nested}}.items() if "mask" in n and x is not None)
+        switched, default = case.build(), case.build()
+        enable_fa3(switched, kernel="reference", fallback="error")
+        with torch.no_grad():
+            switched(**inputs)
+            if i == 0:
+                mask[..., 1] = 0
+            change(mask, how)
+            assert not mask[..., 1].any()
+            error = (switched(**inputs)[0] - default(**inputs)[0]).abs().max().item()
+        assert error < 1e-5, (i, how, error)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(rank, (sys.argv[1],), nprocs=2)
+    print("equal")
+"""
+
+
+@pytest.mark.parametrize("name", [n for n in ("qwenimage", "flux") if n in BY_NAME])
+def test_a_mask_received_from_another_rank_is_read(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(path=[str(HERE), str(HERE.parent)], name=name))
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "rendezvous")],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_a_call_without_a_layer_keeps_no_plan() -> None:
+    q, k, v = torch.randn(3, 1, 4, 2, 8)
+    mask = torch.tensor([[True, True, False, True]])
+    first = attention(q, k, v, mask, kernel="reference")
+    mask.data[0, 1] = False
+    assert not torch.equal(attention(q, k, v, mask, kernel="reference"), first)
