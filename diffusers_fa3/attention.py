@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from diffusers_fa3.errors import (
@@ -23,7 +22,7 @@ from diffusers_fa3.errors import (
     KernelUnavailableError,
     MaskError,
 )
-from diffusers_fa3.inputs import check_inputs, under_autocast
+from diffusers_fa3.inputs import check_inputs, under_autocast, why_unreadable
 from diffusers_fa3.kernels import (
     GraphKernel,
     Kernel,
@@ -264,7 +263,7 @@ def _plan(
         return mask
     if mask is None:
         return _UNMASKED
-    if unreadable := _why_unreadable(mask):
+    if unreadable := why_unreadable(mask):
         return Opaque(unreadable)
     in_graph = _is_recorded(mask)
     if in_graph and not seqused:
@@ -279,21 +278,6 @@ def _plan(
     if find_plan is None or in_graph:
         return make()
     return find_plan(mask, (sizes, axes_2d, seqused, pack_queries), make)
-
-
-def _why_unreadable(mask: Tensor) -> str:
-    """Why a mask has no content that could be read; empty if it has, and in a graph."""
-    if mask.is_meta:
-        return "mask on the meta device, where it has no content"
-    if torch.compiler.is_compiling():
-        return ""
-    if isinstance(mask, FakeTensor):
-        return "mask that is a FakeTensor, which has no content"
-    while torch._C._functorch.is_functorch_wrapped_tensor(mask):
-        if torch._C._functorch.is_batchedtensor(mask):
-            return "mask that torch.func.vmap maps, where it is many masks"
-        mask = torch._C._functorch.get_unwrapped(mask)
-    return ""
 
 
 def _is_recorded(mask: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from diffusers_fa3.errors import InputError, MaskError
 from diffusers_fa3.masks import PackingPlan
@@ -60,6 +61,21 @@ def check_inputs(
         )
     if mask is not None:
         _check_mask(mask, q, k)
+
+
+def why_unreadable(mask: Tensor) -> str:
+    """Why a mask has no content that could be read; empty if it has, and in a graph."""
+    if mask.is_meta:
+        return "mask on the meta device, where it has no content"
+    if torch.compiler.is_compiling():
+        return ""
+    if isinstance(mask, FakeTensor):
+        return "mask that is a FakeTensor, which has no content"
+    while torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        if torch._C._functorch.is_batchedtensor(mask):
+            return "mask that torch.func.vmap maps, where it is many masks"
+        mask = torch._C._functorch.get_unwrapped(mask)
+    return ""
 
 
 def _check_mask(mask: Tensor | PackingPlan, q: Tensor, k: Tensor) -> None:

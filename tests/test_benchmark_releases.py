@@ -29,7 +29,7 @@ def run(before: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_each_checkout_is_measured_on_its_own_package(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "diffusers_fa3", tmp_path / "diffusers_fa3")
-    entry = tmp_path / "diffusers_fa3" / "enable.py"
+    entry = tmp_path / "diffusers_fa3" / "layers" / "enable.py"
     entry.write_text(entry.read_text() + "\n\nprint('the other one')\n")
     done = run(tmp_path, "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stderr

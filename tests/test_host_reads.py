@@ -30,16 +30,6 @@ LEAST_BY_ROW, MOST_BY_ROW = 3, 4
 change; whether the mask is a band, or a row of each group; and, if groups look causal, whether they
 are."""
 
-HANDED_ON = (
-    *("bria_fibo", "bria_fibo_outer_mask", "chroma", "cogview4_mask", "cogview4_training"),
-    *("cogview4_training_packed", "cosmos", "cosmos_video_to_world", "dreamlite_transformer"),
-    *("flux", "flux_ip_adapter", "flux2", "glm_image_mask", "kandinsky6", "latte"),
-    *("longcat_audio_dit", "ovis_image", "prx", "qwenimage", "qwenimage_controlnet"),
-    *("rfd4_proteina", "stable_audio"),
-)
-"""Models that pass the caller's mask on to their layers. The other models build a new mask from it
-in every forward."""
-
 EQUAL_MASKS = ("longcat_audio_dit",)
 """Models that are given two masks of the same content."""
 
@@ -176,7 +166,7 @@ def test_a_mask_is_read_once_per_forward_and_nothing_else_is(
     again = reads_of(forward, case, model, inputs)
     made_again = coverage(model).plans_made - made
     assert_read_once(own, again, made_again, len(read_by_row))
-    assert made_again <= (0 if case.name in HANDED_ON else made)
+    assert made_again == made  # a plan lives for one forward
 
 
 class Switched:

@@ -20,6 +20,7 @@ ROOMS = {
     "layers": (
         "dispatcher",
         "enable",
+        "find",
         "coverage_report",
         "pads",
         "block_masks",

@@ -43,7 +43,7 @@ from diffusers_fa3 import (
     register,
     unregister,
 )
-from diffusers_fa3.layers.enable import models_of
+from diffusers_fa3.layers.find import models_of
 from diffusers_fa3.layers.frame import running
 from diffusers_fa3.layers.processor import record_of
 

@@ -1,9 +1,9 @@
 """Diffusers' attention layers, run on the attention of this package.
 
-Read `enable` first: it switches layers. `processor` and `rebind` make the processor that a switched
-layer runs; `names` renames the attention calls in its code. These calls reach the functions in
-`calls`, which ask the `frame` of the running layer for a kernel. `record` counts each call, and
-`coverage_report` builds the report.
+Read `enable` first: it switches the layers that `find` finds. `processor` and `rebind` make the
+processor that a switched layer runs; `names` renames the attention calls in its code. These calls
+reach the functions in `calls`, which ask the `frame` of the running layer for a kernel. `record`
+counts each call, and `coverage_report` builds the report.
 
 `given` recognises a mask that a processor rebuilds in every layer. `block_masks` saves a few blocks
 from building an S x S mask. `pads` lists the models that never read attention's output at padded

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.layers.calls import try_dispatched
-from diffusers_fa3.layers.enable import disable_fa3, enable_fa3, leave, mark_switched, models_of
+from diffusers_fa3.layers.enable import disable_fa3, enable_fa3, leave, mark_switched
+from diffusers_fa3.layers.find import models_of
 from diffusers_fa3.layers.frame import Frame, begin
 from diffusers_fa3.layers.processor import is_request, record_of, unwrap, wrap
 from diffusers_fa3.layers.record import LayerRecord, Settings

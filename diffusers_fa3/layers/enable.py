@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -20,12 +20,10 @@ from diffusers_fa3.layers.coverage_report import (
     row_of,
     row_of_unswitched,
 )
+from diffusers_fa3.layers.find import attention_layers, models_of
 from diffusers_fa3.layers.pads import layers_that_pack_queries
-from diffusers_fa3.layers.processor import is_request, record_of, unwrap, wrap
+from diffusers_fa3.layers.processor import record_of, unwrap, wrap
 from diffusers_fa3.layers.record import Fallback, Settings
-
-DENOISERS = re.compile(r"(^|_)(transformer|unet|controlnet|prior|super_res)|^decoder")
-"""The names of those components of a pipeline that are switched with it, in all of diffusers."""
 
 LayerFilter = str | Callable[[str, nn.Module], bool]
 
@@ -110,7 +108,7 @@ def enable_fa3(
         raise InputError(f"fallback is one of {get_args(Fallback)}; got {fallback!r}")
     check_choice(kernel)
     settings = Settings(kernel, fallback)
-    found = dict(_layers(pipe_or_model))
+    found = dict(attention_layers(pipe_or_model))
     selected = {name: layer for name, layer in found.items() if _selects(layers, name, layer)}
     if not selected:
         raise UnsupportedModelError(
@@ -156,7 +154,7 @@ def disable_fa3(pipe_or_model: Any) -> None:
         >>> layer.processor is before
         True
     """
-    for _, layer in _layers(pipe_or_model):
+    for _, layer in attention_layers(pipe_or_model):
         if record_of(layer.processor) is not None:
             layer.processor = unwrap(layer.processor)
         vars(layer).pop(SWITCHED, None)
@@ -184,7 +182,7 @@ def coverage(pipe_or_model: Any) -> Coverage:
         >>> coverage(layer).rows[0].fallbacks
         {'float32 mask with values that are a bias, not a mask': 1}
     """
-    layers = list(_layers(pipe_or_model))
+    layers = list(attention_layers(pipe_or_model))
     rows = [_row(name, layer) for name, layer in layers]
     records = [record for _, layer in layers if (record := record_of(layer.processor)) is not None]
     switches = dict.fromkeys(record.settings.switch_id for record in records)
@@ -194,28 +192,6 @@ def coverage(pipe_or_model: Any) -> Coverage:
         sum(record.plans_made for record in records),
         sum(record.plans_reused for record in records),
     )
-
-
-def _layers(pipe_or_model: Any) -> Iterator[tuple[str, Any]]:
-    """(name, module) of all attention layers; known by a `processor` that can be called.
-
-    The processor is the module's own. Wrappers, as `torch.compile` makes them, hand on the
-    attributes of the module below, which is found by itself.
-    """
-    found = [
-        (f"{prefix}{name}", module)
-        for prefix, model in models_of(pipe_or_model)
-        for name, module in model.named_modules()
-        if ("processor" in vars(module) or "processor" in module._modules)
-        and callable(module.processor)
-        and not is_request(module.processor)
-    ]
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(pipe_or_model).__name__} has no attention layer to switch: none of its modules "
-            "has a processor. Pass a diffusers model, or a pipeline with a transformer or unet"
-        )
-    yield from found
 
 
 def _layers_that_pack_queries(pipe_or_model: Any) -> frozenset[str]:
@@ -289,30 +265,6 @@ def _for_every_module(pipe_or_model: Any, do: Callable[[nn.Module], None]) -> No
     for _, model in models_of(pipe_or_model):
         for module in model.modules():
             do(module)
-
-
-def models_of(pipe_or_model: Any) -> list[tuple[str, nn.Module]]:
-    """The models that are switched, each with the prefix of its layers' names."""
-    if isinstance(pipe_or_model, nn.Module):
-        return [("", pipe_or_model)]
-    components = getattr(pipe_or_model, "components", None)
-    if not isinstance(components, dict):
-        raise UnsupportedModelError(
-            "enable_fa3, disable_fa3 and coverage take a torch.nn.Module or a diffusers pipeline; "
-            f"got {type(pipe_or_model).__name__}"
-        )
-    return [
-        (f"{name}.", model)
-        for name, component in components.items()
-        if DENOISERS.search(name)
-        for model in _modules_of(component)
-    ]
-
-
-def _modules_of(component: Any) -> list[nn.Module]:
-    """A component may be a list, as several controlnets are."""
-    members = component if isinstance(component, list | tuple) else [component]
-    return [member for member in members if isinstance(member, nn.Module)]
 
 
 def _selects(layers: LayerFilter | None, name: str, layer: nn.Module) -> bool:
