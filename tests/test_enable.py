@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_processor import Attention
 from tiny import LAYERS, controlled_pipeline, flux, forward, pipeline
 from torch import nn
 from torch.nn import functional as F
@@ -227,3 +229,10 @@ def test_an_unknown_fallback_leaves_the_model_as_it_was() -> None:
     with pytest.raises(InputError, match="fallback is one of"):
         enable_fa3(model, fallback="quietly")
     assert not switched(model)
+
+
+def test_every_member_of_a_component_that_is_a_list_is_switched() -> None:
+    nets = [nn.ModuleDict({"attn": Attention(query_dim=8)}) for _ in range(3)]
+    report = enable_fa3(SimpleNamespace(components={"controlnet": nets, "vae": nets[0]}))
+    assert [row.name for row in report.rows] == [f"controlnet.{i}.attn" for i in range(3)]
+    assert all(row.kernel == "auto" for row in report.rows)

@@ -48,14 +48,16 @@ def models_of(pipe_or_model: Any) -> list[tuple[str, nn.Module]]:
             f"got {type(pipe_or_model).__name__}"
         )
     return [
-        (f"{name}.", model)
+        (f"{prefix}.", model)
         for name, component in components.items()
         if DENOISERS.search(name)
-        for model in _modules_of(component)
+        for prefix, model in _modules_of(name, component)
     ]
 
 
-def _modules_of(component: Any) -> list[nn.Module]:
-    """A component may be a list, as several controlnets are."""
-    members = component if isinstance(component, list | tuple) else [component]
-    return [member for member in members if isinstance(member, nn.Module)]
+def _modules_of(name: str, component: Any) -> list[tuple[str, nn.Module]]:
+    """A component may be a list, as several controlnets are; each member has a name of its own."""
+    members = {name: component}
+    if isinstance(component, list | tuple):
+        members = {f"{name}.{i}": member for i, member in enumerate(component)}
+    return [(name, member) for name, member in members.items() if isinstance(member, nn.Module)]
