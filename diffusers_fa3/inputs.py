@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.torch_version import TorchVersion
 
 from diffusers_fa3.errors import InputError, MaskError
 from diffusers_fa3.masks import PackingPlan
+
+READS_IN_TRANSFORMS = TorchVersion(torch.__version__) >= "2.13"
+"""Whether `tolist` takes a tensor that was made in a transform of torch.func. It raises on torch
+2.9; the releases between were not tried."""
 
 
 def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +26,7 @@ def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.is_meta or not torch.is_autocast_enabled(device):
         return x
     eligible = x.is_floating_point() and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if eligible else x
@@ -71,6 +76,8 @@ def why_unreadable(mask: Tensor) -> str:
         return ""
     if isinstance(mask, FakeTensor):
         return "mask that is a FakeTensor, which has no content"
+    if not READS_IN_TRANSFORMS and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "mask in a transform of torch.func, where this torch cannot read it"
     while torch._C._functorch.is_functorch_wrapped_tensor(mask):
         if torch._C._functorch.is_batchedtensor(mask):
             return "mask that torch.func.vmap maps, where it is many masks"

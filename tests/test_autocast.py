@@ -14,7 +14,7 @@ from zoo.budget import assert_within_budget
 from diffusers_fa3 import InputError, attention, coverage, enable_fa3, plan_packing
 
 BY_NAME = {case.name: case for case in CASES}
-QK_NORMS = ["sd3", "qwenimage", "z_image", "hunyuan_video", "flux", "unet_sd15"]
+QK_NORMS = ["sd3", "qwenimage", "hunyuan_video", "flux", "unet_sd15"]
 HERE = [name for name in QK_NORMS if name in BY_NAME]
 DTYPES = [torch.bfloat16, torch.float16]
 MASK = torch.tensor([[1, 1, 0, 0, 1], [1, 0, 0, 1, 1]], dtype=torch.bool)

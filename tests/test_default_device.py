@@ -27,6 +27,8 @@ def set_default_device() -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        # torch 2.9 would find no device there, where it was never asked to look before
+        del torch._GLOBAL_DEVICE_CONTEXT.device_context
 
 
 ELSEWHERE: dict[str, Callable[[], AbstractContextManager[object]]] = {
