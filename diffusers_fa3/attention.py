@@ -97,33 +97,38 @@ def attend(
         return _declined("torch.jit.trace records PyTorch's attention", InputError)
     if _any_autocast():
         q, k, v = under_autocast(q, k, v)
-    check_inputs(q, k, v, mask, causal)
+    sizes = check_inputs(q, k, v, mask, causal)
     if out is not None:
         check_out(out, q, v, others=(k, mask) if isinstance(mask, Tensor) else (k,))
-    batch, q_len, heads, head_dim = q.shape
-    k_len = k.shape[1]
-    if q.numel() == 0 or k_len == 0:
+    head_dim = q.shape[-1]
+    if 0 in sizes or head_dim == 0:
         return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
 
     # Who can serve this call?
     request = Request(
-        dtype=q.dtype,
-        head_dim=head_dim,
-        head_dim_v=v.shape[-1],
+        q.dtype,
+        head_dim,
+        v.shape[-1],
         varlen=mask is not None,
         seqused_k=isinstance(mask, PackingPlan) and mask.lengths.seqused_k is not None,
         lse=return_lse,
         backward=torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad),
-        functional=not compiling and in_functional() and is_functional(q, k, v),
     )
-    chosen = _choose(request, q.device, kernel, switch_id)
+    if not compiling and in_functional() and is_functional(q, k, v):
+        request = request._replace(functional=True)
+    chosen = _choose(request, q.device, kernel, switch_id, compiling)
     if isinstance(chosen, Declined):
         return chosen
 
     # What does the mask mean, and which plan follows?
-    sizes = (batch, heads, q_len, k_len)
-    plan = _plan(mask, sizes, axes_2d, chosen.seqused_k, pack_queries, find_plan)
+    plan: Plan
+    if mask is None:
+        plan = _UNMASKED
+    elif isinstance(mask, PackingPlan):
+        plan = mask
+    else:
+        plan = _plan(mask, sizes, axes_2d, chosen.seqused_k, pack_queries, find_plan)
     if isinstance(plan, Opaque):
         return _declined(plan.reason, MaskError)
 
@@ -131,7 +136,8 @@ def attend(
         return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
     if plan.window != (-1, -1):
         # The mask is a sliding window, which not every build has: choose again.
-        chosen = _choose(request._replace(window=True), q.device, kernel, switch_id)
+        request = request._replace(window=True)
+        chosen = _choose(request, q.device, kernel, switch_id, compiling)
         if isinstance(chosen, Declined):
             return chosen
 
@@ -232,9 +238,9 @@ def attention(
 
 
 def _choose(
-    request: Request, device: torch.device, kernel: KernelChoice, switch_id: int
+    request: Request, device: torch.device, kernel: KernelChoice, switch_id: int, compiling: bool
 ) -> Kernel | GraphKernel | Declined:
-    if torch.compiler.is_compiling() and isinstance(kernel, str):
+    if compiling and isinstance(kernel, str):
         if request.backward:
             return _declined("gradients under torch.compile", InputError)
         chosen = graph_kernel(request, device, kernel, switch_id)
@@ -252,17 +258,13 @@ def _declined(reason: str, error: type[InputError]) -> Declined:
 
 
 def _plan(
-    mask: Tensor | PackingPlan | None,
+    mask: Tensor,
     sizes: tuple[int, int, int, int],
     axes_2d: Axes2D,
     seqused: bool,
     pack_queries: bool,
     find_plan: FindPlan | None,
 ) -> Plan:
-    if isinstance(mask, PackingPlan):
-        return mask
-    if mask is None:
-        return _UNMASKED
     if unreadable := why_unreadable(mask):
         return Opaque(unreadable)
     in_graph = _is_recorded(mask)

@@ -34,18 +34,19 @@ def _autocast(x: Tensor) -> Tensor:
 
 def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | PackingPlan | None, causal: bool
-) -> None:
-    """Raise where no attention could be meant by these arguments.
+) -> tuple[int, int, int, int]:
+    """(B, H, Sq, Sk); raises where no attention could be meant by these arguments.
 
     Raises:
         InputError: q, k and v do not belong together.
         MaskError: the mask belongs to another call, or lies on another device.
     """
-    if not q.ndim == k.ndim == v.ndim == 4:
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         raise _bad("q, k and v have 4 axes (B, S, H, D)", q, k, v)
-    batch, q_len, heads, head_dim = q.shape
-    k_batch, k_len, k_heads, k_head_dim = k.shape
-    v_batch, v_len, v_heads, _ = v.shape
+    batch, q_len, heads, head_dim = q_shape
+    k_batch, k_len, k_heads, k_head_dim = k_shape
+    v_batch, v_len, v_heads, _ = v_shape
     if not batch == k_batch == v_batch:
         raise _bad("q, k and v are of one batch size", q, k, v)
     if k_len != v_len or k_heads != v_heads:
@@ -66,6 +67,7 @@ def check_inputs(
         )
     if mask is not None:
         _check_mask(mask, q, k)
+    return batch, heads, q_len, k_len
 
 
 def why_unreadable(mask: Tensor) -> str:

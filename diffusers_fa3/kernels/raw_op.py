@@ -57,6 +57,9 @@ _SPELLED = ("softmax_scale", "is_causal", "window_size_left", "window_size_right
 _SAME = [*enumerate(Options._fields)][3:]
 """(place in `Options`, name) of the other fields, for which the op has the same names."""
 
+_NO_OTHERS = Options(1.0)[3:]
+"""Their values in most calls, which need not be passed one by one."""
+
 _CACHE_NAMES = {
     "k": "k_new",
     "v": "v_new",
@@ -122,13 +125,12 @@ class RawOp:
         scale, causal, left, right = self._spelled
         arguments[scale], arguments[causal] = float(options.softmax_scale), options.causal
         arguments[left], arguments[right] = options.window
-        for option, place in self._same:
-            arguments[place] = options[option]
+        if options[3:] != _NO_OTHERS:
+            for option, place in self._same:
+                arguments[place] = options[option]
         if lengths is not DENSE:
-            cu_q, cu_k, max_q, max_k, used = self._lengths
-            arguments[cu_q], arguments[cu_k] = lengths.cu_seqlens_q, lengths.cu_seqlens_k
-            arguments[max_q], arguments[max_k] = lengths.max_seqlen_q, lengths.max_seqlen_k
-            arguments[used] = lengths.seqused_k
+            for place, value in zip(self._lengths, lengths):
+                arguments[place] = value
         return self._call(q, k, v, arguments, out, return_lse)
 
     def kvcache(
@@ -167,9 +169,10 @@ class RawOp:
     ) -> Result:
         if out is not None and fits_kernels(out):
             arguments[self._place["out"]] = out
-        result, lse, *_ = self._op(
-            dense_last_axis(q), dense_last_axis(k), dense_last_axis(v), *arguments
-        )
+        if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+            q, k, v = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)
+        members = self._op(q, k, v, *arguments)
+        result, lse = members[0], members[1]
         return (result if out is None else deliver(result, out)), lse if return_lse else None
 
 

@@ -119,6 +119,8 @@ class Frame:
 
 def _what_a_kernel_would_miss() -> str:
     """Why only PyTorch's attention can serve the call; empty if a kernel can serve it."""
+    if not torch._C._len_torch_function_stack():
+        return ""
     modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]  # torch gives it no types
     for mode in modes:
         # torch's own modes set the device of new tensors. diffusers' perturbed-attention guidance
