@@ -12,6 +12,7 @@ from diffusers_fa3.errors import (
     InputError,
     KernelUnavailableError,
     MaskError,
+    ParallelError,
     UnsupportedModelError,
     UnsupportedVersionError,
 )
@@ -28,18 +29,20 @@ if TYPE_CHECKING:
         register,
         unregister,
     )
+    from diffusers_fa3.parallel import cp_plan
 
 __version__ = "0.1.0"
 
-_TOUCHES_DIFFUSERS = (
-    "FA3AttnProcessor",
-    "coverage",
-    "disable_fa3",
-    "enable_fa3",
-    "register",
-    "unregister",
-)
-"""Names that import diffusers, and do so when they are first used."""
+_TOUCHES_DIFFUSERS = {
+    "FA3AttnProcessor": "layers",
+    "coverage": "layers",
+    "cp_plan": "parallel",
+    "disable_fa3": "layers",
+    "enable_fa3": "layers",
+    "register": "layers",
+    "unregister": "layers",
+}
+"""Names that import diffusers, and do so when they are first used; and the rooms they are in."""
 
 __all__ = [
     "FA3AttnProcessor",
@@ -49,12 +52,14 @@ __all__ = [
     "KernelUnavailableError",
     "MaskError",
     "PackingPlan",
+    "ParallelError",
     "UnsupportedModelError",
     "UnsupportedVersionError",
     "attention",
     "available_kernels",
     "call_kernel",
     "coverage",
+    "cp_plan",
     "disable_fa3",
     "enable_fa3",
     "flash_attn_varlen_func",
@@ -68,4 +73,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _TOUCHES_DIFFUSERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.layers"), name)
+    return getattr(import_module(f"{__name__}.{_TOUCHES_DIFFUSERS[name]}"), name)

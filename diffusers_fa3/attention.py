@@ -46,8 +46,19 @@ _UNMASKED = PackingPlan("dense", 0, 0, 0)
 _tracing = torch._C._get_tracing_state
 _any_autocast = torch._C._is_any_autocast_enabled
 
-FindPlan = Callable[[Tensor, object, Callable[[], Plan]], Plan]
-"""(mask, everything else that the plan depends on, a function that makes the plan) -> the plan.
+
+class PlanCall(NamedTuple):
+    """Everything but the mask that a plan depends on."""
+
+    sizes: tuple[int, int, int, int]
+    """B, H, Sq, Sk."""
+    axes_2d: Axes2D
+    seqused: bool
+    pack_queries: bool
+
+
+FindPlan = Callable[[Tensor, PlanCall, Callable[[], Plan]], Plan]
+"""(mask, the rest that the plan depends on, a function that makes the plan) -> the plan.
 
 A caller with many layers passes one, so that a plan made for an earlier layer is found again.
 """
@@ -232,7 +243,7 @@ def attention(
         if kernel != "auto" or return_lse or isinstance(mask, PackingPlan):
             raise answer.error
         warnings.warn(f"PyTorch's attention serves: {answer.reason}", FallbackWarning, stacklevel=2)
-        result = _default(q, k, v, mask, scale, causal)
+        result = default_attention(q, k, v, mask, scale, causal)
         return result if out is None else out.copy_(result)
     return answer.out if answer.lse is None else (answer.out, answer.lse)
 
@@ -279,7 +290,7 @@ def _plan(
 
     if find_plan is None or in_graph:
         return make()
-    return find_plan(mask, (sizes, axes_2d, seqused, pack_queries), make)
+    return find_plan(mask, PlanCall(sizes, axes_2d, seqused, pack_queries), make)
 
 
 def _is_recorded(mask: Tensor) -> bool:
@@ -292,7 +303,7 @@ def _is_recorded(mask: Tensor) -> bool:
     return mask.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _default(
+def default_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool
 ) -> Tensor:
     """PyTorch's attention on the same tensors, (B, S, H, D)."""

@@ -27,6 +27,10 @@ class KernelUnavailableError(FA3Error, RuntimeError):
         self.summary = summary or message
 
 
+class ParallelError(FA3Error, RuntimeError):
+    """A call under context parallelism that could not be exact; raised on all ranks alike."""
+
+
 class UnsupportedModelError(FA3Error, TypeError):
     """An object in which there is no attention layer to switch, or a processor that cannot be."""
 

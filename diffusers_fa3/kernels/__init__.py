@@ -27,6 +27,7 @@ from diffusers_fa3.kernels.out import (
     in_functional,
     is_functional,
     needs_grad,
+    out_dtype,
 )
 from diffusers_fa3.kernels.providers import PROVIDERS
 from diffusers_fa3.kernels.selection import KernelChoice
@@ -48,6 +49,7 @@ __all__ = [
     "is_functional",
     "needs_grad",
     "note_declined",
+    "out_dtype",
     "read_machine",
     "select",
     "without_keys",

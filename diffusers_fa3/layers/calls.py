@@ -33,22 +33,21 @@ def scaled_dot_product_attention(
     """Replaces `torch.nn.functional.scaled_dot_product_attention` in a switched processor."""
     frame = running.frame
     if frame is not None:
-        if dropout_p > 0:
-            frame.decline("attention dropout")
-        elif not query.ndim == key.ndim == value.ndim == 4:
-            frame.decline("tensors that are not (B, H, S, D)")
-        else:
-            out = frame.try_kernel(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                attn_mask,
-                scale=scale,
-                causal=is_causal,
-                axes_2d="qk",
-            )
-            if out is not None:
-                return out.transpose(1, 2)
+        shaped = query.ndim == key.ndim == value.ndim == 4
+        q, k, v = (x.transpose(1, 2) if shaped else x for x in (query, key, value))
+        out = frame.try_kernel(
+            q,
+            k,
+            v,
+            attn_mask,
+            scale=scale,
+            causal=is_causal,
+            axes_2d="qk",
+            told=False,
+            reason=_why_not(dropout_p) or ("" if shaped else "tensors that are not (B, H, S, D)"),
+        )
+        if out is not None:
+            return out.transpose(1, 2)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -132,23 +131,26 @@ def try_dispatched(
     parallel_config: Any,
 ) -> Tensor | None:
     """`Frame.try_kernel`, for the arguments of a diffusers backend; tensors are (B, S, H, D)."""
-    if parallel_config is not None:
-        frame.decline("context parallelism")
-    elif dropout_p > 0:
-        frame.decline("attention dropout")
-    elif not isinstance(mask, (Tensor, NoneType)):  # Dynamo of torch 2.9 fails on Tensor | None
-        frame.decline(f"mask of type {type(mask).__name__}")
+    if not isinstance(mask, (Tensor, NoneType)):  # Dynamo of torch 2.9 fails on Tensor | None
+        reason = f"mask of type {type(mask).__name__}"
     else:
-        # diffusers' native backend reads a 2-D mask of shape (B, Sk) as a key mask. It passes any
-        # other 2-D mask to SDPA, which reads it as (Sq, Sk).
-        per_key = mask is not None and mask.shape == (query.shape[0], key.shape[1])
-        return frame.try_kernel(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            causal=causal,
-            axes_2d="bk" if per_key else "qk",
-        )
-    return None
+        reason = _why_not(dropout_p)
+    # diffusers' native backend reads a 2-D mask of shape (B, Sk) as a key mask. It passes any other
+    # 2-D mask to SDPA, which reads it as (Sq, Sk).
+    per_key = mask is not None and not reason and mask.shape == (query.shape[0], key.shape[1])
+    return frame.try_kernel(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        causal=causal,
+        axes_2d="bk" if per_key else "qk",
+        told=True,
+        parallel_config=parallel_config,
+        reason=reason,
+    )
+
+
+def _why_not(dropout_p: float) -> str:
+    return "attention dropout" if dropout_p > 0 else ""

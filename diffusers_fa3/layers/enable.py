@@ -20,10 +20,11 @@ from diffusers_fa3.layers.coverage_report import (
     row_of,
     row_of_unswitched,
 )
-from diffusers_fa3.layers.find import attention_layers, models_of
+from diffusers_fa3.layers.find import attention_layers, homes_of, models_of
 from diffusers_fa3.layers.pads import layers_that_pack_queries
 from diffusers_fa3.layers.processor import record_of, unwrap, wrap
 from diffusers_fa3.layers.record import Fallback, Settings
+from diffusers_fa3.parallel import APPLIED
 
 LayerFilter = str | Callable[[str, nn.Module], bool]
 
@@ -117,13 +118,19 @@ def enable_fa3(
         )
     packing = _layers_that_pack_queries(pipe_or_model) if pack_queries else frozenset()
     components = [prefix for prefix, _ in models_of(pipe_or_model)]
+    homes = homes_of(pipe_or_model)
     wrapped: dict[str, Any] = {}
     refusals: dict[str, Refusal] = {}
     for name, layer in selected.items():
         component = next(prefix for prefix in components if name.startswith(prefix))
         try:
             wrapped[name] = wrap(
-                unwrap(layer.processor), settings, name, name in packing, component
+                unwrap(layer.processor),
+                settings,
+                name,
+                name in packing,
+                component,
+                homes.get(id(layer)),
             )
         except UnsupportedModelError as error:
             refusals[name] = Refusal(layer.processor, str(error))
@@ -159,6 +166,7 @@ def disable_fa3(pipe_or_model: Any) -> None:
             layer.processor = unwrap(layer.processor)
         vars(layer).pop(SWITCHED, None)
     _for_every_module(pipe_or_model, lay_out_masks_of)
+    _for_every_module(pipe_or_model, _forget_plan)
     _for_every_module(pipe_or_model, _unwrap_kept_processors)
 
 
@@ -254,6 +262,10 @@ def _unwrap_kept_processors(module: nn.Module) -> None:
     kept = vars(module).get("original_attn_processors")
     if isinstance(kept, dict):
         vars(module)["original_attn_processors"] = {n: unwrap(p) for n, p in kept.items()}
+
+
+def _forget_plan(module: nn.Module) -> None:
+    vars(module).pop(APPLIED, None)
 
 
 def mark_switched(layer: nn.Module) -> None:

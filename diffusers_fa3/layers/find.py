@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from diffusers import ModelMixin
 from torch import nn
 
 from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.layers.processor import is_request
+from diffusers_fa3.parallel import Home
 
 DENOISERS = re.compile(r"(^|_)(transformer|unet|controlnet|prior|super_res)|^decoder")
 """The names of those components of a pipeline that are switched with it, in all of diffusers."""
@@ -35,6 +37,18 @@ def attention_layers(pipe_or_model: Any) -> Iterator[tuple[str, Any]]:
             "has a processor. Pass a diffusers model, or a pipeline with a transformer or unet"
         )
     yield from found
+
+
+def homes_of(pipe_or_model: Any) -> dict[int, Home]:
+    """Where the modules of diffusers' models live: the innermost model, by the module's id."""
+    return {
+        id(module): Home(model, name)
+        for _, outer in models_of(pipe_or_model)
+        for model in outer.modules()  # from the outermost in
+        if isinstance(model, ModelMixin)
+        for name, module in model.named_modules()
+        if "processor" in vars(module) or "processor" in module._modules
+    }
 
 
 def models_of(pipe_or_model: Any) -> list[tuple[str, nn.Module]]:

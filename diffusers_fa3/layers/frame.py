@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_fa3.attention import Declined, Served, attend
-from diffusers_fa3.errors import InputError, UnsupportedModelError
-from diffusers_fa3.layers.given import read_arguments
+from diffusers_fa3.attention import Declined, PlanCall, Served, attend
+from diffusers_fa3.errors import InputError, ParallelError, UnsupportedModelError
+from diffusers_fa3.layers.given import arguments_of, read_arguments
 from diffusers_fa3.layers.record import LayerRecord
 from diffusers_fa3.masks import Axes2D, Plan, PlanCache, sources_of
+from diffusers_fa3.parallel import Memory, Split, attend_split, split_of
 
 UNREACHED = "makes no attention call that could be switched"
 
@@ -61,14 +62,27 @@ class Frame:
         scale: float | None,
         causal: bool,
         axes_2d: Axes2D,
+        told: bool,
+        parallel_config: Any = None,
+        reason: str = "",
     ) -> Tensor | None:
-        """The kernel's output; or None, with the reason counted, if the default must serve."""
-        unseen = _what_a_kernel_would_miss()
-        if unseen:
-            self.decline(unseen)
+        """The kernel's output; or None, with the reason counted, if the default must serve.
+
+        Arguments are those of `attend`, and: whether the processor calls diffusers' dispatcher
+        (`told`), so that it can say by `parallel_config` that its tokens are split over ranks; why
+        no kernel can take the call, if that is known already (`reason`).
+        """
+        reason = reason or _what_a_kernel_would_miss()
+        record, home = self.record, self.record.home
+        if parallel_config is not None or home is None or home.is_split():
+            split = split_of(home, record.processor, parallel_config, told)
+            if split is not None:
+                self._refuse_if(reason or ("causal attention" if causal else ""), split)
+                return self._try_split(q, k, v, mask, split, scale, axes_2d)
+        if reason:
+            self.decline(reason)
             return None
         self.attention_calls += 1
-        record = self.record
         answer: Served | Declined
         try:
             answer = attend(
@@ -93,28 +107,91 @@ class Frame:
             record.calls[answer.kernel, answer.route] += 1
         return answer.out
 
+    def _try_split(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        split: Split,
+        scale: float | None,
+        axes_2d: Axes2D,
+    ) -> Tensor:
+        """The output of a call over tokens that are split over ranks, on a kernel or not."""
+        self.attention_calls += 1
+        record = self.record
+        out, served = attend_split(
+            q,
+            k,
+            v,
+            mask,
+            split.axes,
+            scale=scale,
+            kernel=record.settings.kernel,
+            axes_2d=axes_2d,
+            pack_queries=record.pack_queries,
+            switch_id=record.settings.switch_id,
+            segments=self._lengths_of(split.order),
+            memory=Memory(self._find_whole, self._find_plan_of_whole),
+            decline=lambda answer: record.decline(answer.reason, answer.error),
+        )
+        if served is not None and not torch.compiler.is_compiling():
+            record.calls[served.kernel, served.route] += 1
+        return out
+
+    def _refuse_if(self, reason: str, split: Split) -> None:
+        """Raise if a call over split tokens has something that no whole can be made of."""
+        if reason:
+            raise ParallelError(
+                f"context parallelism over {split.axes.everyone.size} ranks: {reason}, of tokens "
+                "that are shards in another order than on one process; run this model on one"
+            )
+
+    def _lengths_of(self, order: tuple[str, ...]) -> list[int]:
+        """The lengths, on this rank, of the processor's arguments of these names."""
+        named = arguments_of(self.record.processor, self.args, self.kwargs) if order else {}
+        return [named[name].shape[1] for name in order if named.get(name) is not None]
+
     def decline(self, reason: str) -> None:
         """Count a call that goes to the default attention without asking for a kernel."""
         self.attention_calls += 1
         self.record.decline(reason, InputError(f"{reason}: no kernel takes this"))
 
-    def _find_plan(self, mask: Tensor, call: object, make: Callable[[], Plan]) -> Plan:
-        """The plan of `mask`, from the cache or new.
+    def _find_plan(self, mask: Tensor, call: PlanCall, make: Callable[[], Plan]) -> Plan:
+        """The plan of `mask`, from the cache or new."""
+        sources, made_by, certain = self._identity(mask)
+        plan, made = running.plans.find(sources, (call, *made_by), make, certain)
+        self._count(made)
+        return plan
 
-        Many diffusers processors build a new mask tensor in every layer, from the same arguments.
-        For these masks the cache key is the arguments instead of the tensor, so layers share a
-        plan.
-        """
-        sources, certain = sources_of(mask), True
-        given = read_arguments(self.record.processor, self.args, self.kwargs)
-        if given is not None and not given.holds(sources):
-            sources, certain = tuple(given.masks), given.settles(mask)
-            made_by = (type(self.record.processor), self.attention_calls, mask.dtype, mask.shape)
-            call = (call, *made_by, *given.rest)
-        plan, made = running.plans.find(sources, call, make, certain)
+    def _find_whole(self, mask: Tensor, call: object, make: Callable[[], Tensor]) -> Tensor:
+        """The mask of all ranks' keys that `mask` is a part of, from the cache or new."""
+        if torch.compiler.is_compiling():
+            return make()
+        sources, made_by, certain = self._identity(mask)
+        return running.plans.find(sources, ("whole", call, *made_by), make, certain)[0]
+
+    def _find_plan_of_whole(self, mask: Tensor, call: PlanCall, make: Callable[[], Plan]) -> Plan:
+        plan, made = running.plans.find(sources_of(mask), call, make)
+        self._count(made)
+        return plan
+
+    def _count(self, made: bool) -> None:
         self.record.plans_made += made
         self.record.plans_reused += not made
-        return plan
+
+    def _identity(self, mask: Tensor) -> tuple[Sequence[Tensor], tuple[object, ...], bool]:
+        """What tells a mask from others: tensors, what else, and whether these surely do.
+
+        Many diffusers processors build a new mask tensor in every layer, from the same arguments.
+        Such a mask is known by the arguments instead of the tensor, so layers share a plan.
+        """
+        sources = sources_of(mask)
+        given = read_arguments(self.record.processor, self.args, self.kwargs)
+        if given is None or given.holds(sources):
+            return sources, (), True
+        made_by = (type(self.record.processor), self.attention_calls, mask.dtype, mask.shape)
+        return given.masks, (*made_by, *given.rest), given.settles(mask)
 
 
 def _what_a_kernel_would_miss() -> str:

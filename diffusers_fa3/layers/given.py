@@ -58,6 +58,14 @@ def read_arguments(
     return given if all(_sort(*argument, given) for argument in arguments) else None
 
 
+def arguments_of(
+    processor: object, args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, Any]:
+    """A processor's arguments by name, without those beyond its signature."""
+    processor_class: Any = type(processor)
+    return {**dict(zip(_positional_names(processor_class), args)), **kwargs}
+
+
 def _sort(name: str, value: object, given: Given) -> bool:
     """Store an argument in `given`; False if the argument could hide a mask."""
     if isinstance(value, Tensor):

@@ -16,6 +16,7 @@ from diffusers_fa3.kernels import KernelChoice
 from diffusers_fa3.layers.frame import Frame, begin
 from diffusers_fa3.layers.rebind import Helpers, bases_on_ours
 from diffusers_fa3.layers.record import Fallback, LayerRecord, Settings
+from diffusers_fa3.parallel import Home
 
 WRAPPED = "_fa3_wrapped"
 """Attribute of a processor's class: the class, and that of its wrapped processors."""
@@ -86,6 +87,7 @@ class FA3AttnProcessor:
             record.name,
             record.pack_queries,
             record.component,
+            record.home,
         )
 
     def __repr__(self) -> str:
@@ -99,6 +101,7 @@ def wrap(
     name: str = "",
     pack_queries: bool = False,
     component: str | None = None,
+    home: Home | None = None,
 ) -> FA3AttnProcessor:
     """`processor` with its attention calls on the kernel; the object itself stays as it is.
 
@@ -112,7 +115,7 @@ def wrap(
             "only a callable object whose class has a method `__call__`, written in Python, can be "
             f"switched; got a {cls.__name__}"
         )
-    record = LayerRecord(processor, settings, name, pack_queries, component)
+    record = LayerRecord(processor, settings, name, pack_queries, component, home)
     try:
         if not hasattr(processor, "__dict__"):
             raise AttributeError("it has no __dict__ to share")

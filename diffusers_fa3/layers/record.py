@@ -13,6 +13,7 @@ import torch
 
 from diffusers_fa3.errors import FA3Error, FallbackWarning, KernelUnavailableError
 from diffusers_fa3.kernels import KernelChoice, note_declined
+from diffusers_fa3.parallel import Home
 
 Fallback = Literal["warn", "error", "silent"]
 
@@ -50,6 +51,8 @@ class LayerRecord:
     component: str | None = None
     """The component of the pipeline that the layer is in, "" for a model that was switched by
     itself; None for a processor that was wrapped by hand."""
+    home: Home | None = None
+    """The model that the layer is in; None for a processor that was wrapped by hand."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Calls that a kernel served, by kernel and route."""
     fallbacks: Counter[str] = field(default_factory=Counter)

@@ -11,20 +11,29 @@ These files know neither kernels nor diffusers. Every decision about a mask is m
 from __future__ import annotations
 
 from diffusers_fa3.masks.meaning import Opaque
-from diffusers_fa3.masks.outer import SpreadMask, can_be_spread, sources_of
+from diffusers_fa3.masks.outer import (
+    OuterMask,
+    SpreadMask,
+    can_be_spread,
+    is_in_factors,
+    sources_of,
+)
 from diffusers_fa3.masks.packing import PackingPlan
 from diffusers_fa3.masks.plan_cache import Plan, PlanCache, memory_of
 from diffusers_fa3.masks.planning import plan_packing, try_plan
-from diffusers_fa3.masks.read import Axes2D
+from diffusers_fa3.masks.read import Axes2D, as_4d
 
 __all__ = [
     "Axes2D",
     "Opaque",
+    "OuterMask",
     "PackingPlan",
     "Plan",
     "PlanCache",
     "SpreadMask",
+    "as_4d",
     "can_be_spread",
+    "is_in_factors",
     "memory_of",
     "plan_packing",
     "sources_of",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from diffusers_fa3.options import Lengths
 
 Plan = PackingPlan | Opaque
 Alive = Callable[[], bool]
+Found = TypeVar("Found")
 
 CAPACITY = 256
 """The most plans kept: more than the models of a process use in one forward."""
@@ -38,7 +39,7 @@ class PlanCache:
 
     def __init__(self, verify: bool = False) -> None:
         self.verify = verify
-        self._plans: OrderedDict[object, tuple[list[Alive], Plan]] = OrderedDict()
+        self._plans: OrderedDict[object, tuple[list[Alive], Any]] = OrderedDict()
         self._model: object = None
         self._layers: set[int] = set()
 
@@ -63,10 +64,12 @@ class PlanCache:
         self,
         sources: Sequence[Tensor],
         call: object,
-        make: Callable[[], Plan],
+        make: Callable[[], Found],
         certain: bool = True,
-    ) -> tuple[Plan, bool]:
+    ) -> tuple[Found, bool]:
         """The plan for `sources` and `call`, and whether it was made just now.
+
+        The whole of a mask of which ranks have parts is kept and found in the same way.
 
         Args:
             sources: the tensors that the plan depends on.
@@ -84,7 +87,7 @@ class PlanCache:
         if remembered is not None and (certain or isinstance(remembered[1], Opaque)):
             alive, plan = remembered
             if all(is_alive() for is_alive in alive):
-                if self.verify and certain and not _same(plan, make()):
+                if self.verify and certain and not _alike(plan, make()):
                     raise FA3Error(f"a plan was reused for another mask; call: {call}")
                 return plan, False
         plan = make()
@@ -120,17 +123,11 @@ def _base(source: Tensor) -> Tensor:
     return source if source._base is None else source._base
 
 
-def _same(plan: Plan, other: Plan) -> bool:
-    if isinstance(plan, Opaque) or isinstance(other, Opaque):
-        return plan == other
-    return all(_alike(getattr(plan, f.name), getattr(other, f.name)) for f in fields(plan))
-
-
 def _alike(one: object, two: object) -> bool:
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return torch.equal(one, two)
     if isinstance(one, PackingPlan) and isinstance(two, PackingPlan):
-        return _same(one, two)
+        return all(_alike(getattr(one, f.name), getattr(two, f.name)) for f in fields(one))
     if isinstance(one, Lengths) and isinstance(two, Lengths):
         return all(map(_alike, one, two))
     return one == two

@@ -60,7 +60,7 @@ def read_mask(
         return _read_outer(queries[:, 0, :, 0], keys[:, 0, 0])
     if mask.requires_grad:
         return Opaque("mask that gradients are asked for")
-    mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
+    mask = as_4d(mask, (batch, heads, q_len, k_len), axes_2d)
     if mask.numel() == 0:
         return AllValid() if k_len == 0 or 0 in (batch, heads, q_len) else Opaque("empty mask")
 
@@ -126,7 +126,7 @@ def keys_by_structure(
     other mask is `Opaque`. Arguments and errors are those of `read_mask`, except that the values of
     an int mask are not checked: any value but 0 is a valid key.
     """
-    mask = _compact(_as_4d(mask, (batch, heads, q_len, k_len), axes_2d))
+    mask = as_4d(mask, (batch, heads, q_len, k_len), axes_2d)
     if mask.is_floating_point():
         return Opaque("additive mask, of which only its values tell whether it is a bias")
     if mask.shape[1] > 1 or mask.shape[2] > 1:
@@ -158,8 +158,12 @@ class _Facts:
         return cls(tuple(counts[:rows]), tuple(counts[rows:]), **answers)
 
 
-def _as_4d(mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D) -> Tensor:
-    """A view of `mask` with axes (B, H, Sq, Sk), each full or 1."""
+def as_4d(mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D) -> Tensor:
+    """A view of `mask` with axes (B, H, Sq, Sk), in which expanded axes but Sk have size 1.
+
+    Raises:
+        MaskError: the mask does not broadcast to these sizes.
+    """
     if mask.ndim == 2 and axes_2d == "bk":
         view = mask[:, None, None, :]
     elif 1 <= mask.ndim <= 4:
@@ -173,15 +177,11 @@ def _as_4d(mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D) -> T
             f"pass (B, Sk) = {(batch, k_len)}, (B, 1, 1, Sk) = {(batch, 1, 1, k_len)} "
             f"or (B, 1, Sq, Sk) = {(batch, 1, q_len, k_len)}"
         )
-    return view.expand(-1, -1, -1, sizes[3])
-
-
-def _compact(mask: Tensor) -> Tensor:
-    """A view of `mask` in which expanded axes (stride 0) other than Sk have size 1."""
+    view = view.expand(-1, -1, -1, sizes[3])
     for axis in range(3):
-        if mask.stride(axis) == 0 and mask.shape[axis] > 1:
-            mask = mask.narrow(axis, 0, 1)
-    return mask
+        if view.stride(axis) == 0 and view.shape[axis] > 1:
+            view = view.narrow(axis, 0, 1)
+    return view
 
 
 def _seen(mask: Tensor) -> Tensor:

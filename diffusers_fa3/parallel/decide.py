@@ -1,0 +1,128 @@
+"""Whether a call is over split tokens: read from diffusers' configuration, and from our plans.
+
+A call that is over split tokens without anyone's word is refused: each rank would see its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from diffusers_fa3.errors import ParallelError
+from diffusers_fa3.parallel.exchange import Axes, Group
+from diffusers_fa3.parallel.home import Home, home_of
+from diffusers_fa3.parallel.model_plan import ModelPlan
+from diffusers_fa3.parallel.plans import applied, matches
+
+
+@dataclass(frozen=True)
+class Split:
+    """A call over split tokens: over whom, and what the sequence is made of, if known."""
+
+    axes: Axes
+    order: tuple[str, ...] = ()
+
+
+def split_of(home: Home | None, processor: Any, parallel_config: Any, told: bool) -> Split | None:
+    """How the tokens of a call are split; None if this rank has all that the call needs.
+
+    Args:
+        home: where the layer lives, if known.
+        processor: the layer's own processor.
+        parallel_config: what the processor passed with the call, if it did.
+        told: whether the processor calls diffusers' dispatcher, which can be told.
+
+    Raises:
+        ParallelError: the model is split, and nobody says whether this call is.
+    """
+    if parallel_config is None and not (dist.is_available() and dist.is_initialized()):
+        return None
+    if torch.compiler.is_compiling():
+        own = getattr(processor, "_parallel_config", None) is not None
+        passed = parallel_config is not None
+        number = 0 if home is None else home.number
+        if number:
+            answer: Split | None = _decide_in_graph(
+                number, type(processor).__name__, own, passed, told
+            )
+            return answer
+        config = _of_context(parallel_config)
+        return None if config is None else Split(axes_of(config))
+    model = None if home is None else home.model
+    name = "" if home is None else home.name
+    own = getattr(processor, "_parallel_config", None) is not None
+    return _decide(model, name, type(processor).__name__, own, parallel_config, told)
+
+
+def _decide(
+    model: Any, name: str, processor: str, own: bool, parallel_config: Any, told: bool
+) -> Split | None:
+    config = _of_context(parallel_config)
+    of_model = _of_context(getattr(model, "_parallel_config", None))
+    plan = None if of_model is None else _plan_of(model)
+    if plan is not None:
+        if matches(plan.local, name):
+            return None
+        if matches(plan.split, name):
+            return Split(axes_of(of_model), plan.order)
+    if config is not None:
+        return Split(axes_of(config))
+    if of_model is None or (told and own):
+        return None  # the model is not split; or its processor says that this call is not
+    raise ParallelError(
+        f"context parallelism: {processor} takes no part in it: each rank would see its own tokens "
+        "only. Pass cp_plan=diffusers_fa3.cp_plan(model) to enable_parallelism, and set processors "
+        "before it"
+    )
+
+
+# assume_constant_result: Dynamo runs the function once while it traces, and not in the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+def _decide_in_graph(
+    number: int, processor: str, own: bool, passed: bool, told: bool
+) -> Split | None:
+    home = home_of(number)
+    model = None if home is None else home.model
+    config = getattr(model, "_parallel_config", None)
+    name = "" if home is None else home.name
+    return _decide(model, name, processor, own, config if passed else None, told)
+
+
+def _plan_of(model: Any) -> ModelPlan | None:
+    """`applied`, kept on the model as long as its configuration is the same."""
+    plan: ModelPlan | None
+    config, plan = vars(model).get(APPLIED, (None, None))
+    if config is not model._parallel_config:
+        config, plan = model._parallel_config, applied(model)
+        vars(model)[APPLIED] = (config, plan)
+    return plan
+
+
+APPLIED = "_fa3_applied"
+"""Attribute of a split model: its configuration, and the plan of ours that it is split by."""
+
+
+def axes_of(config: Any) -> Axes:
+    """How diffusers' `ContextParallelConfig` splits a sequence; kept on the configuration."""
+    mesh, axes = vars(config).get("_fa3_axes", (None, None))
+    if mesh is config._flattened_mesh and axes is not None:
+        return axes  # type: ignore[no-any-return]  # an attribute of our own
+    uneven = getattr(config, "ulysses_anything", False) or getattr(config, "ring_anything", False)
+    meshes = (config._ulysses_mesh, config._ring_mesh, config._flattened_mesh)
+    ulysses, ring, everyone = map(_group, meshes)
+    axes = Axes(ulysses, ring, everyone, bool(uneven))
+    vars(config)["_fa3_axes"] = (config._flattened_mesh, axes)
+    return axes
+
+
+def _group(mesh: Any) -> Group:
+    group = mesh.get_group()
+    return Group(group.group_name, dist.get_world_size(group), dist.get_rank(group))
+
+
+def _of_context(parallel_config: Any) -> Any:
+    """The part on context parallelism of a model's configuration; None if there is none."""
+    return getattr(parallel_config, "context_parallel_config", None)

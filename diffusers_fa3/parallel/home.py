@@ -1,0 +1,53 @@
+"""Where a switched layer lives: its model, which knows whether it is split over ranks."""
+
+from __future__ import annotations
+
+import weakref
+from itertools import count
+from typing import Any
+
+from torch import nn
+
+
+class Home:
+    """The diffusers model that a layer is in, held weakly, and the layer's name in it.
+
+    A deep copy of the model takes its homes along; a layer that is copied alone has none.
+    """
+
+    __slots__ = ("__weakref__", "_model", "name", "number")
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._model = weakref.ref(model)
+        self.name = name
+        self.number = next(_numbers)
+        _homes[self.number] = self
+
+    @property
+    def model(self) -> Any:
+        """The model, or None if it is gone."""
+        return self._model()
+
+    def is_split(self) -> bool:
+        """Whether `enable_parallelism` was called on the model."""
+        return getattr(self._model(), "_parallel_config", None) is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Home | None:
+        copied = memo.get(id(self.model))
+        return None if copied is None else Home(copied, self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _home, (self.model, self.name)
+
+
+def _home(model: nn.Module | None, name: str) -> Home | None:
+    return None if model is None else Home(model, name)
+
+
+def home_of(number: int) -> Home | None:
+    """The home of that number; numbers are constants to torch.compile, objects are not."""
+    return _homes.get(number)
+
+
+_numbers = count(1)
+_homes: weakref.WeakValueDictionary[int, Home] = weakref.WeakValueDictionary()

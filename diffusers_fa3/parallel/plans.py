@@ -1,0 +1,74 @@
+"""`cp_plan`: how a model is split, also where diffusers has no plan for it, or half of one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+from diffusers.hooks import context_parallel as hooks
+from torch import nn
+
+from diffusers_fa3.errors import UnsupportedModelError
+from diffusers_fa3.parallel.model_plan import CPPlan, ModelPlan
+from diffusers_fa3.parallel.plans_image import IMAGE, IMAGE_WHY_NOT
+from diffusers_fa3.parallel.plans_video import VIDEO, VIDEO_WHY_NOT
+
+PLANS = IMAGE | VIDEO
+WHY_NOT = IMAGE_WHY_NOT | VIDEO_WHY_NOT
+
+Entry = TypeVar("Entry")
+
+
+def cp_plan(model: nn.Module) -> CPPlan:
+    """The plan to split a model by, for `model.enable_parallelism(config=..., cp_plan=...)`.
+
+    Diffusers' own plan where it is right; completed where it is not; ours where there is none. See
+    `docs/several_gpus.md` for the models, and the masks that each takes.
+
+    Raises:
+        UnsupportedModelError: nobody has a plan for a model of this class; the text says why.
+    """
+    ours = _of_class(PLANS, model)
+    if ours is not None:
+        return ours.make(model)
+    own: CPPlan | None = getattr(model, "_cp_plan", None)
+    if own is not None:
+        return own
+    why = _of_class(WHY_NOT, model) or "pass one of your own as cp_plan"
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no plan by which its tokens could be split over ranks: {why}"
+    )
+
+
+def applied(model: nn.Module) -> ModelPlan | None:
+    """Our plan, if it is the one that diffusers splits this model by."""
+    ours = _of_class(PLANS, model)
+    if ours is None:
+        return None
+    return ours if all(_is_applied(model, *entry) for entry in ours.make(model).items()) else None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer's name is one of those that a plan names."""
+    return bool(pattern) and re.fullmatch(pattern, name) is not None
+
+
+def _of_class(table: dict[str, Entry], model: nn.Module) -> Entry | None:
+    return next((table[b.__name__] for b in type(model).__mro__ if b.__name__ in table), None)
+
+
+def _is_applied(model: nn.Module, place: str, entry: Any) -> bool:
+    """Whether diffusers' hooks at this place hold this entry of a plan."""
+    wanted = entry if isinstance(entry, dict | list | tuple) else [entry]
+    template = (
+        hooks._CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE
+        if isinstance(entry, dict)
+        else hooks._CONTEXT_PARALLEL_OUTPUT_HOOK_TEMPLATE
+    )
+    found = hooks._get_submodule_by_name(model, place)
+    for module in found if isinstance(found, list) else [found]:
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook(template.format(place))
+        if hook is None or hook.metadata != wanted:
+            return False
+    return True

@@ -1,0 +1,132 @@
+"""Run a function on several processes that can reach each other by gloo, bounded in time.
+
+A fresh interpreter imports what is needed once and forks the ranks, so that a test pays for one
+import. What the ranks return comes back as a list; an error of any of them fails the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+HERE = Path(__file__).parent
+ENDED = 120
+"""Seconds after which ranks are killed. They need some ten."""
+
+
+def run(function: str, world: int, *args: Any, wait: float = ENDED) -> list[Any]:
+    """What `function`, "module:name" of a test file, returns on each of `world` ranks.
+
+    It is called as `name(rank, *args)`, with torch.distributed ready. A rank that raises returns
+    its exception in the place of a result.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "args").write_bytes(pickle.dumps(args))
+        ranks = subprocess.Popen(
+            [sys.executable, __file__, function, str(world), folder],
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = ranks.communicate(timeout=wait)
+        finally:
+            end_all(ranks.pid)
+        files = [Path(folder, str(rank)) for rank in range(world)]
+        assert all(file.exists() for file in files), said
+        return [pickle.loads(file.read_bytes()) for file in files]
+
+
+def results(function: str, world: int, *args: Any) -> list[Any]:
+    """`run`, where no rank may raise."""
+    answers = run(function, world, *args)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def end_all(session: int) -> None:
+    """End every process of a session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
+
+
+def split(model: nn.Module, plan: Any = None, **degrees: Any) -> nn.Module:
+    """`model.enable_parallelism`, on CPUs.
+
+    Diffusers divides a rank by the number of accelerators, which is 0 here. For this call alone,
+    there is one for each rank.
+    """
+    from diffusers import ContextParallelConfig
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # that it is experimental
+    told = {} if plan is None else {"cp_plan": plan}
+    with mock.patch("torch.accelerator.device_count", dist.get_world_size):
+        model.enable_parallelism(config=ContextParallelConfig(**degrees), **told)
+    return model
+
+
+def degrees(mode: str) -> dict[str, Any]:
+    """The arguments of `ContextParallelConfig` for "U2", "R4", "U2R2", "UA3" or "RA3"."""
+    if mode[:2] in ("UA", "RA"):
+        name = {"U": "ulysses", "R": "ring"}[mode[0]]
+        return {f"{name}_degree": int(mode[2:]), f"{name}_anything": True}
+    parts = mode.replace("R", " R").split()
+    return {f"{ {'U': 'ulysses', 'R': 'ring'}[part[0]] }_degree": int(part[1:]) for part in parts}
+
+
+def _rank(rank: int, world: int, function: Any, folder: str) -> None:
+    torch.set_num_threads(1)
+    args = pickle.loads(Path(folder, "args").read_bytes())
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        answer = function(rank, *args)
+    except Exception as error:
+        traceback.print_exc()
+        answer = error
+    file = Path(folder, f"{rank}.part")
+    try:
+        file.write_bytes(pickle.dumps(answer))
+    except Exception:
+        file.write_bytes(pickle.dumps(RuntimeError(f"{type(answer).__name__}: {answer}")))
+    file.rename(Path(folder, str(rank)))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]
+    module, name = sys.argv[1].split(":")
+    called = getattr(importlib.import_module(module), name)
+    children = []
+    for i in range(int(sys.argv[2])):
+        child = os.fork()
+        if not child:
+            _rank(i, int(sys.argv[2]), called, sys.argv[3])
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
