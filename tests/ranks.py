@@ -29,16 +29,17 @@ ENDED = 120
 """Seconds after which ranks are killed. They need some ten."""
 
 
-def run(function: str, world: int, *args: Any, wait: float = ENDED) -> list[Any]:
+def run(function: str, world: int, *args: Any, timeout: int = 60) -> list[Any]:
     """What `function`, "module:name" of a test file, returns on each of `world` ranks.
 
-    It is called as `name(rank, *args)`, with torch.distributed ready. A rank that raises returns
-    its exception in the place of a result.
+    It is called as `name(rank, *args)`, with torch.distributed ready; no collective takes longer
+    than `timeout` seconds. A rank that raises ends, and returns its exception in the place of a
+    result.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "args").write_bytes(pickle.dumps(args))
         ranks = subprocess.Popen(
-            [sys.executable, __file__, function, str(world), folder],
+            [sys.executable, __file__, function, str(world), folder, str(timeout)],
             env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -46,7 +47,7 @@ def run(function: str, world: int, *args: Any, wait: float = ENDED) -> list[Any]
             start_new_session=True,
         )
         try:
-            said, _ = ranks.communicate(timeout=wait)
+            said, _ = ranks.communicate(timeout=ENDED)
         finally:
             end_all(ranks.pid)
         files = [Path(folder, str(rank)) for rank in range(world)]
@@ -54,9 +55,9 @@ def run(function: str, world: int, *args: Any, wait: float = ENDED) -> list[Any]
         return [pickle.loads(file.read_bytes()) for file in files]
 
 
-def results(function: str, world: int, *args: Any) -> list[Any]:
+def results(function: str, world: int, *args: Any, timeout: int = 60) -> list[Any]:
     """`run`, where no rank may raise."""
-    answers = run(function, world, *args)
+    answers = run(function, world, *args, timeout=timeout)
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
@@ -94,7 +95,7 @@ def degrees(mode: str) -> dict[str, Any]:
     return {f"{ {'U': 'ulysses', 'R': 'ring'}[part[0]] }_degree": int(part[1:]) for part in parts}
 
 
-def _rank(rank: int, world: int, function: Any, folder: str) -> None:
+def _rank(rank: int, world: int, function: Any, folder: str, timeout: int) -> None:
     torch.set_num_threads(1)
     args = pickle.loads(Path(folder, "args").read_bytes())
     dist.init_process_group(
@@ -102,7 +103,7 @@ def _rank(rank: int, world: int, function: Any, folder: str) -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=timeout),
     )
     try:
         answer = function(rank, *args)
@@ -126,7 +127,7 @@ if __name__ == "__main__":
     for i in range(int(sys.argv[2])):
         child = os.fork()
         if not child:
-            _rank(i, int(sys.argv[2]), called, sys.argv[3])
+            _rank(i, int(sys.argv[2]), called, sys.argv[3], int(sys.argv[4]))
         children.append(child)
     for child in children:
         os.waitpid(child, 0)

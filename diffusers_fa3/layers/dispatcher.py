@@ -155,13 +155,16 @@ def _add_backend() -> None:
 
     type.__setattr__(AttentionBackendName, "_missing_", classmethod(missing))
     native = _AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
-    _AttentionBackendRegistry.register(member)(_backend_before(native))
+    _AttentionBackendRegistry.register(member, supports_context_parallel=True)(
+        _backend_before(native)
+    )
 
     def undo() -> None:
         if _AttentionBackendRegistry._active_backend is member:
             _AttentionBackendRegistry._active_backend = AttentionBackendName.NATIVE
         for table in ("_backends", "_constraints", "_supported_arg_names"):
             del getattr(_AttentionBackendRegistry, table)[member]
+        _AttentionBackendRegistry._supports_context_parallel.discard(NAME)
         if before is None:
             type.__delattr__(AttentionBackendName, "_missing_")
         else:

@@ -75,9 +75,9 @@ class Frame:
         reason = reason or _what_a_kernel_would_miss()
         record, home = self.record, self.record.home
         if parallel_config is not None or home is None or home.is_split():
-            split = split_of(home, record.processor, parallel_config, told)
+            split = split_of(home, self._layer(), record.processor, parallel_config, told)
             if split is not None:
-                self._refuse_if(reason or ("causal attention" if causal else ""), split)
+                _refuse_if(reason, causal)
                 return self._try_split(q, k, v, mask, split, scale, axes_2d)
         if reason:
             self.decline(reason)
@@ -139,13 +139,9 @@ class Frame:
             record.calls[served.kernel, served.route] += 1
         return out
 
-    def _refuse_if(self, reason: str, split: Split) -> None:
-        """Raise if a call over split tokens has something that no whole can be made of."""
-        if reason:
-            raise ParallelError(
-                f"context parallelism over {split.axes.everyone.size} ranks: {reason}, of tokens "
-                "that are shards in another order than on one process; run this model on one"
-            )
+    def _layer(self) -> object:
+        """The layer that runs: in diffusers, the first argument of its processor."""
+        return self.args[0] if self.args else None
 
     def _lengths_of(self, order: tuple[str, ...]) -> list[int]:
         """The lengths, on this rank, of the processor's arguments of these names."""
@@ -192,6 +188,20 @@ class Frame:
             return sources, (), True
         made_by = (type(self.record.processor), self.attention_calls, mask.dtype, mask.shape)
         return given.masks, (*made_by, *given.rest), given.settles(mask)
+
+
+def _refuse_if(reason: str, causal: bool) -> None:
+    """Raise if a call over split tokens has something that ranks cannot share."""
+    if causal:
+        raise ParallelError(
+            "context parallelism: causal attention over shards, whose order is not that of the "
+            "tokens; run this model on one GPU"
+        )
+    if reason:
+        raise ParallelError(
+            f"context parallelism: {reason}; the default attention would serve, and each rank "
+            "would see its own tokens only. Call without it, or run this model on one GPU"
+        )
 
 
 def _what_a_kernel_would_miss() -> str:

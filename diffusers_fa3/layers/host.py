@@ -25,8 +25,16 @@ REQUIRED = (
     ("models.attention_dispatch", "_AttentionBackendRegistry._backends"),
     ("models.attention_dispatch", "_AttentionBackendRegistry._constraints"),
     ("models.attention_dispatch", "_AttentionBackendRegistry._supported_arg_names"),
+    ("models.attention_dispatch", "_AttentionBackendRegistry._supports_context_parallel"),
     ("models.attention_dispatch", "_AttentionBackendRegistry.register"),
     ("models.attention_processor", "Attention.set_processor"),
+    # parallel/: how a model is split, and the hooks that split it
+    ("hooks.context_parallel", "_CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE"),
+    ("hooks.context_parallel", "_CONTEXT_PARALLEL_OUTPUT_HOOK_TEMPLATE"),
+    ("hooks.context_parallel", "_get_submodule_by_name"),
+    ("models._modeling_parallel", "ContextParallelInput"),
+    ("models._modeling_parallel", "ContextParallelOutput"),
+    ("models.modeling_utils", "ModelMixin._parallel_config"),
     ("models.modeling_utils", "ModelMixin.reset_attention_backend"),
     ("models.modeling_utils", "ModelMixin.set_attention_backend"),
 )

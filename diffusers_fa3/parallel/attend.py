@@ -116,7 +116,7 @@ def attend_split(
     k, v = _pair(k, v, lambda x: of_the_ring(x, axes, by_group))
     idle = q.shape[2] == 0
     if idle:  # a rank without heads decides as the others do, on a head of zeros
-        q, k, v = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (q, k, v))
+        q, k, v = (torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2) for x in (q, k, v))
 
     # The way of one process.
     mine = _mask_of_heads(whole, axes, units, heads // units)

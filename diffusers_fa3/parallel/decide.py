@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from diffusers_fa3.errors import ParallelError
 from diffusers_fa3.parallel.exchange import Axes, Group
-from diffusers_fa3.parallel.home import Home, home_of
+from diffusers_fa3.parallel.home import Home, home_of, home_on_the_stack
 from diffusers_fa3.parallel.model_plan import ModelPlan
 from diffusers_fa3.parallel.plans import applied, matches
 
@@ -26,11 +26,14 @@ class Split:
     order: tuple[str, ...] = ()
 
 
-def split_of(home: Home | None, processor: Any, parallel_config: Any, told: bool) -> Split | None:
+def split_of(
+    home: Home | None, layer: Any, processor: Any, parallel_config: Any, told: bool
+) -> Split | None:
     """How the tokens of a call are split; None if this rank has all that the call needs.
 
     Args:
         home: where the layer lives, if known.
+        layer: the layer, if known.
         processor: the layer's own processor.
         parallel_config: what the processor passed with the call, if it did.
         told: whether the processor calls diffusers' dispatcher, which can be told.
@@ -51,6 +54,8 @@ def split_of(home: Home | None, processor: Any, parallel_config: Any, told: bool
             return answer
         config = _of_context(parallel_config)
         return None if config is None else Split(axes_of(config))
+    if home is None:
+        home = home_on_the_stack(layer)
     model = None if home is None else home.model
     name = "" if home is None else home.name
     own = getattr(processor, "_parallel_config", None) is not None

@@ -54,6 +54,11 @@ class Axes:
         return sizes[start : start + self.ulysses.size]
 
 
+# torch 2.13 has new names for these, and warns of the old ones.
+_gather_parts: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_gather_traced: Any = getattr(functional, "all_gather_single", functional.all_gather_tensor)
+
+
 def share(units: int, group: Group) -> list[int]:
     """How many of so many heads each rank of a group gets; the first ranks get the rest."""
     each, rest = divmod(units, group.size)
@@ -70,7 +75,7 @@ def sizes_of_all(sizes: Sequence[int], axes: Axes) -> list[tuple[int, ...]]:
     mine = torch.tensor(sizes, dtype=torch.int64, device=device)
     _count("sizes", mine, axes.everyone)
     rows = mine.new_empty(axes.everyone.size * len(sizes))
-    dist.all_gather_into_tensor(rows, mine, group=group)
+    _gather_parts(rows, mine, group=group)
     return [tuple(column) for column in zip(*rows.view(axes.everyone.size, -1).tolist())]
 
 
@@ -187,10 +192,11 @@ def _gather(
         copies = rows.expand(group.size, *rows.shape).flatten(0, 1)
         return _all_to_all(copies, group, list(tokens), [len(rows)] * group.size, what)
     if torch.compiler.is_compiling():
-        return functional.all_gather_tensor(rows, 0, group.name)  # type: ignore[arg-type]  # a NewType of str
+        traced: Tensor = _gather_traced(rows, 0, group.name)
+        return traced
     _count(what, rows, group, group.size - 1)
     arrived = rows.new_empty((group.size * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(arrived, rows, group=_resolve(group))
+    _gather_parts(arrived, rows, group=_resolve(group))
     return arrived
 
 

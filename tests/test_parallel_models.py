@@ -1,0 +1,293 @@
+"""Models that diffusers splits over ranks: equal to one process, whatever way they are switched."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers.models.attention_dispatch import attention_backend
+from ranks import degrees, results, split
+from torch import Tensor, nn
+from zoo import CASES, Case, Layout
+from zoo.case import TEXT
+
+from diffusers_fa3 import (
+    FA3AttnProcessor,
+    FallbackWarning,
+    ParallelError,
+    UnsupportedModelError,
+    coverage,
+    cp_plan,
+    disable_fa3,
+    enable_fa3,
+    register,
+    unregister,
+)
+from diffusers_fa3.layers import frame
+from diffusers_fa3.parallel.exchange import sent
+from diffusers_fa3.parallel.plans import PLANS
+
+ZOO = {case.name: case for case in CASES}
+
+
+def with_batched_ids(layout: Layout, pads: float) -> dict[str, Any]:
+    """Flux2's plan splits ids of three axes alone, which its pipeline passes."""
+    inputs = ZOO["flux2"].inputs(layout, pads)
+    return inputs | {name: inputs[name][None] for name in ("txt_ids", "img_ids")}
+
+
+OWN = [ZOO[name] for name in ("qwenimage", "flux", "flux_ip_adapter") if name in ZOO]
+"""Cases of classes that diffusers itself has a right plan for, and whose masks a rank passes."""
+OWN += [replace(ZOO["flux2"], inputs=with_batched_ids)]
+
+
+def families() -> dict[str, tuple[list[Case], dict[str, str]]]:
+    """Cases by the files that fit them to ranks, and what is refused there in words."""
+    import split_image
+    import split_video
+
+    return {
+        "own": (OWN, {}),
+        "image": (list(split_image.CASES), split_image.REFUSED),
+        "video": (list(split_video.CASES), split_video.REFUSED),
+    }
+
+
+def own_part(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Flux's mask is a caller's, who passes each rank's part: of the text, then of the image."""
+    kwargs = inputs.get("joint_attention_kwargs") or {}
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return inputs
+    parts = [
+        whole.tensor_split(dist.get_world_size(), -1)[dist.get_rank()]
+        for whole in (mask[..., :TEXT], mask[..., TEXT:])
+    ]
+    own = torch.cat(parts, -1)
+    return inputs | {"joint_attention_kwargs": kwargs | {"attention_mask": own}}
+
+
+def output(case: Case, model: nn.Module, layout: Layout, part: bool = False) -> Tensor:
+    inputs = case.inputs(layout, 0.0)
+    with torch.no_grad():
+        returned = model(**(own_part(inputs) if part else inputs), return_dict=False)
+    return case.pick(returned)
+
+
+def stay_local(*_: object) -> None:
+    """In the place of `split_of`: each rank would see its own tokens only."""
+
+
+Found = tuple[float, int, int, dict[str, int], dict[str, int]]
+"""Error; plans made, and on one process; what was sent; calls left to the default, by reason."""
+
+
+def parity(
+    rank: int, family: str, modes: tuple[str, ...], cut: int
+) -> dict[tuple[str, str, str], Found | str]:
+    """What each case gives in each mode and layout, or the words of a refusal."""
+    torch.manual_seed(0)
+    cases, _ = families()[family]
+    found: dict[tuple[str, str, str], Found | str] = {}
+    for case in cases:
+        single = case.build()
+        enable_fa3(single, kernel="reference", fallback="silent")
+        for layout in case.layouts[:: cut or 1]:
+            enable_fa3(single, kernel="reference", fallback="silent")
+            expected = output(case, single, layout)
+            once = coverage(single).plans_made
+            for mode in modes:
+                model = split(case.build(), plan_of(case), **degrees(mode))
+                fallback = "silent" if case.refusal else "error"
+                enable_fa3(model, kernel="reference", fallback=fallback)
+                sent.clear()
+                try:
+                    got = output(case, model, layout, part=True)
+                except ParallelError as error:
+                    found[case.name, mode, layout] = str(error)
+                    continue
+                report = coverage(model)
+                reasons = {r: n for row in report.rows for r, n in row.fallbacks.items()}
+                error = (got - expected).abs().max().item()
+                found[case.name, mode, layout] = (
+                    error / max(1.0, expected.abs().max().item()),
+                    report.plans_made,
+                    once,
+                    dict(sent),
+                    reasons,
+                )
+        model = split(case.build(), plan_of(case), **degrees(modes[0]))
+        enable_fa3(model, kernel="reference", fallback="silent")
+        with mock.patch.object(frame, "split_of", stay_local):
+            got = output(case, model, case.layouts[0], part=True)
+        expected = output(case, single, case.layouts[0])
+        error = (got - expected).abs().max().item()
+        found[case.name, "local", ""] = (error, 0, 0, {}, {})
+    return found
+
+
+def plan_of(case: Case) -> Any:
+    return cp_plan(case.build())
+
+
+MODES = {2: ("U2", "R2", "UA2", "RA2"), 4: ("R4", "U2R2")}
+
+
+def check(family: str, world: int, cut: int) -> None:
+    _, refused = families()[family]
+    ranks = results("test_parallel_models:parity", world, family, MODES[world], cut)
+    wrong = []
+    for case, mode, layout in ranks[0]:
+        words = next((refused[n] for n in (f"{case}/{layout}", case) if n in refused), None)
+        for found in (each[case, mode, layout] for each in ranks):
+            where = f"{case} {mode} {layout}: {found}"
+            if isinstance(found, str):
+                if words is None or not re.search(words, found):
+                    wrong.append(where)
+                continue
+            error, made, once, traffic, reasons = found
+            if mode == "local":
+                # The counterpart: a model whose attention stays local must not pass.
+                wrong += [where] if error < 1e-5 else []
+                continue
+            masks = traffic.get("mask", 0)
+            fine = error < 2e-6 and traffic.get("tokens", 0) > 0
+            fine = fine and made <= once and masks <= 2 * once and (masks or layout != "right" or 1)
+            allowed = ZOO[case].refusal if case in ZOO else None
+            fine = fine and all(allowed and re.search(allowed.reason, r) for r in reasons)
+            wrong += [] if fine else [where]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("family", ["own", "image", "video"])
+def test_split_models_are_as_on_one_process(family: str) -> None:
+    check(family, 2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["own", "image", "video"])
+def test_split_models_are_as_on_one_process_on_four_ranks(family: str) -> None:
+    check(family, 4, 3)
+
+
+def by_hand(model: nn.Module) -> None:
+    processors = {
+        name: FA3AttnProcessor(processor, kernel="reference", fallback="error")
+        for name, processor in model.attn_processors.items()
+    }
+    model.set_attn_processor(processors)
+
+
+def switch(model: nn.Module) -> None:
+    enable_fa3(model, kernel="reference", fallback="error")
+
+
+def ways(rank: int) -> dict[str, float]:
+    """The error of every way to switch a split model, against one process."""
+    case = next(case for case in OWN if case.name == "flux")
+    layout: Layout = "ragged"
+    expected = output(case, case.build(), layout)
+    found = {}
+
+    def note(name: str, model: nn.Module) -> None:
+        found[name] = (output(case, model, layout, part=True) - expected).abs().max().item()
+
+    def parallel(model: nn.Module) -> nn.Module:
+        return split(model, None, ring_degree=2)
+
+    for name, how in (("enable_fa3", switch), ("by hand", by_hand)):
+        model = case.build()
+        how(model)
+        note(f"{name}, then enable_parallelism", parallel(model))
+        model = parallel(case.build())
+        how(model)
+        note(f"enable_parallelism, then {name}", model)
+    model = case.build()
+    switch(model)
+    note("a deep copy of a switched model", parallel(copy.deepcopy(model)))
+    note("a switched model after pickling", parallel(pickle.loads(pickle.dumps(model))))
+    switch(parallel(model))
+    note("switched, split, switched again", model)
+    register()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        model = case.build()
+        model.set_attention_backend("fa3")
+        note('set_attention_backend("fa3"), then enable_parallelism', parallel(model))
+        model = parallel(case.build())
+        model.set_attention_backend("fa3")
+        note('enable_parallelism, then set_attention_backend("fa3")', model)
+        model = parallel(case.build())
+        with attention_backend("fa3"):
+            note('attention_backend("fa3")', model)
+        with attention_backend("fa3"):
+            model = parallel(case.build())
+            note('enable_parallelism in attention_backend("fa3")', model)
+    unregister()
+    return found
+
+
+def test_every_way_to_switch_a_split_model_is_exact() -> None:
+    for found in results("test_parallel_models:ways", 2):
+        assert len(found) == 11
+        for way, error in found.items():
+            assert error < 1e-6, way
+
+
+def test_every_class_has_a_plan_or_a_reason() -> None:
+    for case in CASES:
+        model = case.build()
+        try:
+            assert cp_plan(model), case.name
+        except UnsupportedModelError as error:
+            reason = str(error).split("over ranks: ")[1]
+            assert reason != "pass one of your own as cp_plan", case.name
+
+
+def test_plans_of_ours_name_layers_and_modules_that_are_there() -> None:
+    from diffusers_fa3.layers.find import attention_layers
+    from diffusers_fa3.parallel.plans import matches
+
+    seen = set()
+    for case in CASES:
+        plan = PLANS.get(case.model.__name__)
+        if plan is None:
+            continue
+        seen.add(case.model.__name__)
+        model = case.build()
+        for place in plan.make(model):
+            for name in {place, place.replace("*", "0")} - {place} or {place}:
+                model.get_submodule(name)
+        names = [name for name, _ in attention_layers(model)]
+        told = [name for name in names if matches(plan.split, name) or matches(plan.local, name)]
+        both = [name for name in names if matches(plan.split, name) and matches(plan.local, name)]
+        assert any(matches(plan.split, name) for name in names) or not plan.split, case.name
+        assert not both, case.name
+        assert told or not (plan.split or plan.local), case.name
+    assert seen == PLANS.keys() & {case.model.__name__ for case in CASES}
+
+
+def test_a_user_class_below_one_with_a_plan_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(ZOO["sd3"].model):  # type: ignore[misc, name-defined]
+        pass
+
+    model = replace(ZOO["sd3"], model=Mine).build()
+    assert cp_plan(model) == cp_plan(ZOO["sd3"].build())
+
+
+def test_disabling_leaves_nothing_on_a_model() -> None:
+    model = ZOO["sd3"].build()
+    before: Callable[[], list[set[str]]] = lambda: [{*vars(m)} for m in model.modules()]  # noqa: E731
+    names = before()
+    enable_fa3(model, kernel="reference")
+    disable_fa3(model)
+    assert before() == names
