@@ -99,7 +99,7 @@ def _rank(rank: int, world: int, function: Any, folder: str, timeout: int) -> No
     torch.set_num_threads(1)
     args = pickle.loads(Path(folder, "args").read_bytes())
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo",  # with "gloo" alone, diffusers' `*_anything` may look for a GPU
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,

@@ -14,11 +14,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.hooks.context_parallel import _get_submodule_by_name
 from diffusers.models.attention_dispatch import attention_backend
 from ranks import degrees, results, split
 from torch import Tensor, nn
 from zoo import CASES, Case, Layout
-from zoo.case import TEXT
+from zoo.case import TEXT, cast
 
 from diffusers_fa3 import (
     FA3AttnProcessor,
@@ -106,13 +107,13 @@ def parity(
             expected = output(case, single, layout)
             once = coverage(single).plans_made
             for mode in modes:
-                model = split(case.build(), plan_of(case), **degrees(mode))
                 fallback = "silent" if case.refusal else "error"
-                enable_fa3(model, kernel="reference", fallback=fallback)
-                sent.clear()
                 try:
+                    model = split(case.build(), plan_of(case), **degrees(mode))
+                    enable_fa3(model, kernel="reference", fallback=fallback)
+                    sent.clear()
                     got = output(case, model, layout, part=True)
-                except ParallelError as error:
+                except (ParallelError, UnsupportedModelError) as error:
                     found[case.name, mode, layout] = str(error)
                     continue
                 report = coverage(model)
@@ -125,12 +126,17 @@ def parity(
                     dict(sent),
                     reasons,
                 )
-        model = split(case.build(), plan_of(case), **degrees(modes[0]))
+        if isinstance(found[case.name, modes[-1], layout], str):
+            continue
+        model = split(case.build(), plan_of(case), **degrees(modes[-1]))
         enable_fa3(model, kernel="reference", fallback="silent")
-        with mock.patch.object(frame, "split_of", stay_local):
-            got = output(case, model, case.layouts[0], part=True)
-        expected = output(case, single, case.layouts[0])
-        error = (got - expected).abs().max().item()
+        expected = output(case, single, layout)
+        try:
+            with mock.patch.object(frame, "split_of", stay_local):
+                got = output(case, model, layout, part=True)
+            error = (got - expected).abs().max().item()
+        except RuntimeError:  # a mask of all tokens, on the tokens of one rank
+            error = float("inf")
         found[case.name, "local", ""] = (error, 0, 0, {}, {})
     return found
 
@@ -159,9 +165,10 @@ def check(family: str, world: int, cut: int) -> None:
                 # The counterpart: a model whose attention stays local must not pass.
                 wrong += [where] if error < 1e-5 else []
                 continue
-            masks = traffic.get("mask", 0)
+            # Rounding: one model's outputs reach 5, and errors are relative to that.
             fine = error < 2e-6 and traffic.get("tokens", 0) > 0
-            fine = fine and made <= once and masks <= 2 * once and (masks or layout != "right" or 1)
+            # Each mask is put together once, in two messages if it is kept in two factors.
+            fine = fine and made <= once and traffic.get("mask", 0) <= 2 * once
             allowed = ZOO[case].refusal if case in ZOO else None
             fine = fine and all(allowed and re.search(allowed.reason, r) for r in reasons)
             wrong += [] if fine else [where]
@@ -177,6 +184,58 @@ def test_split_models_are_as_on_one_process(family: str) -> None:
 @pytest.mark.parametrize("family", ["own", "image", "video"])
 def test_split_models_are_as_on_one_process_on_four_ranks(family: str) -> None:
     check(family, 4, 3)
+
+
+def gradients(rank: int, family: str, modes: tuple[str, ...]) -> dict[tuple[str, str], float | str]:
+    """The worst error of a parameter's gradient, summed over ranks, in float64."""
+    found: dict[tuple[str, str], float | str] = {}
+    cases, refused = families()[family]
+    for case in (case for case in cases if case.name not in refused):
+        layout = case.layouts[-1]
+        whole = case.build(torch.float64)
+        inputs = cast(case.inputs(layout, 0.0), torch.float64)
+        case.pick(whole(**inputs, return_dict=False)).square().sum().backward()
+        for mode in modes:
+            model = case.build(torch.float64)
+            try:
+                split(model, plan_of(case), **degrees(mode))
+                enable_fa3(model, kernel="reference", fallback="silent")
+                out = case.pick(model(**own_part(inputs), return_dict=False))
+            except (ParallelError, UnsupportedModelError) as error:
+                found[case.name, mode] = str(error)
+                continue
+            out.square().sum().backward()
+            found[case.name, mode] = parameter_error(model, whole)
+    return found
+
+
+def parameter_error(model: nn.Module, whole: nn.Module) -> float:
+    """The worst error of a parameter's gradient, summed over ranks, in parts of the largest."""
+    worst = 0.0
+    largest = max(float(p.grad.abs().max()) for p in whole.parameters() if p.grad is not None)
+    for ours, theirs in zip(model.parameters(), whole.parameters()):
+        if theirs.grad is None:
+            continue
+        total = torch.zeros_like(theirs) if ours.grad is None else ours.grad.clone()
+        dist.all_reduce(total)
+        worst = max(worst, float((total - theirs.grad).abs().max()) / largest)
+    return worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["own", "image", "video"])
+def test_gradients_summed_over_ranks_are_those_of_one_process(family: str) -> None:
+    cases = {case.name: case for case in families()[family][0]}
+    wrong = set()
+    for found in results("test_parallel_models:gradients", 2, family, ("U2", "R2")):
+        for (case, mode), error in found.items():
+            plan = PLANS.get(cases[case].model.__name__)
+            if isinstance(error, str):
+                fine = plan is not None and not plan.trains and "gradients, of a model" in error
+            else:
+                fine = error < 1e-7  # some norms compute in float32
+            wrong |= set() if fine else {f"{case} {mode}: {error}"}
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def by_hand(model: nn.Module) -> None:
@@ -247,10 +306,10 @@ def test_every_class_has_a_plan_or_a_reason() -> None:
     for case in CASES:
         model = case.build()
         try:
-            assert cp_plan(model), case.name
+            reason = "" if cp_plan(model) else "an empty plan: pass one of your own"
         except UnsupportedModelError as error:
-            reason = str(error).split("over ranks: ")[1]
-            assert reason != "pass one of your own as cp_plan", case.name
+            reason = str(error)
+        assert "pass one of your own" not in reason, case.name
 
 
 def test_plans_of_ours_name_layers_and_modules_that_are_there() -> None:
@@ -264,9 +323,12 @@ def test_plans_of_ours_name_layers_and_modules_that_are_there() -> None:
             continue
         seen.add(case.model.__name__)
         model = case.build()
-        for place in plan.make(model):
-            for name in {place, place.replace("*", "0")} - {place} or {place}:
-                model.get_submodule(name)
+        try:
+            made = plan.make(model)
+        except UnsupportedModelError:  # this model of the class, with its options
+            continue
+        for place in made:
+            assert _get_submodule_by_name(model, place), (case.name, place)
         names = [name for name, _ in attention_layers(model)]
         told = [name for name in names if matches(plan.split, name) or matches(plan.local, name)]
         both = [name for name in names if matches(plan.split, name) and matches(plan.local, name)]

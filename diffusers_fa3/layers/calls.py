@@ -88,6 +88,7 @@ def dispatch_attention_fn(
             )
             if out is not None:
                 return out
+            parallel_config = None  # a call over split tokens would have been served or refused
     out = attention_dispatch.dispatch_attention_fn(
         query,
         key,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_fa3.attention import Declined, PlanCall, Served, attend
 from diffusers_fa3.errors import InputError, ParallelError, UnsupportedModelError
+from diffusers_fa3.kernels import needs_grad
 from diffusers_fa3.layers.given import arguments_of, read_arguments
 from diffusers_fa3.layers.record import LayerRecord
 from diffusers_fa3.masks import Axes2D, Plan, PlanCache, sources_of
@@ -77,7 +78,8 @@ class Frame:
         if parallel_config is not None or home is None or home.is_split():
             split = split_of(home, self._layer(), record.processor, parallel_config, told)
             if split is not None:
-                _refuse_if(reason, causal)
+                unlearned = "" if split.trains or not needs_grad(q, k, v) else "gradients"
+                _refuse_if(reason, causal, unlearned)
                 return self._try_split(q, k, v, mask, split, scale, axes_2d)
         if reason:
             self.decline(reason)
@@ -143,10 +145,12 @@ class Frame:
         """The layer that runs: in diffusers, the first argument of its processor."""
         return self.args[0] if self.args else None
 
-    def _lengths_of(self, order: tuple[str, ...]) -> list[int]:
-        """The lengths, on this rank, of the processor's arguments of these names."""
+    def _lengths_of(self, order: tuple[str, ...]) -> list[int] | None:
+        """The lengths of the processor's arguments of these names; None if it lacks one of them."""
         named = arguments_of(self.record.processor, self.args, self.kwargs) if order else {}
-        return [named[name].shape[1] for name in order if named.get(name) is not None]
+        if any(named.get(name) is None for name in order):
+            return None
+        return [named[name].shape[1] for name in order]
 
     def decline(self, reason: str) -> None:
         """Count a call that goes to the default attention without asking for a kernel."""
@@ -190,8 +194,14 @@ class Frame:
         return given.masks, (*made_by, *given.rest), given.settles(mask)
 
 
-def _refuse_if(reason: str, causal: bool) -> None:
+def _refuse_if(reason: str, causal: bool, unlearned: str) -> None:
     """Raise if a call over split tokens has something that ranks cannot share."""
+    if unlearned:
+        raise ParallelError(
+            "context parallelism: gradients, of a model whose plan gathers tokens in front of "
+            "other layers: diffusers' gather passes none on to other ranks. Call under "
+            "torch.no_grad(), or train this model on one GPU"
+        )
     if causal:
         raise ParallelError(
             "context parallelism: causal attention over shards, whose order is not that of the "

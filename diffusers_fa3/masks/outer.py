@@ -93,11 +93,15 @@ class SpreadMask(Tensor):
             if func in _PRODUCTS and all(isinstance(factor, cls) for factor in args):
                 return _product(func, *args)
             result = func(*args, **kwargs) if kwargs else _BY_VIEW.get(func, func)(*args)
+            if func in _PARTS:
+                return tuple(part.as_subclass(cls) for part in result)
         stays = func in _STAYS and can_be_spread(result)
         return result.as_subclass(cls) if stays else result
 
 
 _PRODUCTS = frozenset({Tensor.__and__, Tensor.mul, Tensor.__mul__, Tensor.bitwise_and})
+_PARTS = frozenset({Tensor.chunk, Tensor.tensor_split, torch.chunk, torch.tensor_split})
+"""Operations that split a mask, as context parallelism does; the parts stay `SpreadMask`."""
 _STAYS = frozenset(
     {
         F.pad,

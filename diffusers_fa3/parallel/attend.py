@@ -59,16 +59,16 @@ def attend_split(
     axes_2d: Axes2D,
     pack_queries: bool,
     switch_id: int,
-    segments: Sequence[int],
+    segments: Sequence[int] | None,
     memory: Memory,
     decline: Callable[[Declined], None],
 ) -> tuple[Tensor, Served | None]:
     """Attention of this rank's queries over the keys of all ranks: (B, Sq, H, Dv).
 
     Arguments are those of `attend`, for this rank's tokens, and: how they are split (`axes`); what
-    the sequence is made of, if known (`segments`, see `whole_mask`); what was found for an earlier
-    layer (`memory`); what to do where no kernel takes the call (`decline`), before PyTorch's
-    attention serves it on the same whole tensors.
+    the sequence is made of (`segments`, see `whole_mask`; empty if no plan knows, None if only an
+    earlier layer could tell); what was found for an earlier layer (`memory`); what to do where no
+    kernel takes the call (`decline`), before PyTorch's attention serves it on the whole tensors.
 
     Returns:
         The result, and how a kernel served; None if PyTorch's attention did.
@@ -89,20 +89,25 @@ def attend_split(
     q, k, v = under_autocast(q, k, v)
     sizes = check_inputs(q, k, v, None, False)
     k, v = _enough_heads(q, k, v, axes)
-    part = mask
-    if mask is not None:
-        part = part_of(mask, sizes, axes_2d, bool(segments), axes.everyone.size)
 
     # The sequence on all ranks, and the mask of all its keys.
-    q_tokens, k_tokens, *parts = sizes_of_all((*sizes[2:], *segments), axes)
+    length = 0 if mask is None else mask.shape[-1]
+    told = (*sizes[2:], length, *(segments or ()))
+    q_tokens, k_tokens, lengths, *parts = sizes_of_all(told, axes)
     whole = None
-    if mask is not None and part is not None:
-        found = part
-        whole = memory.whole(
-            mask,
-            (q_tokens, k_tokens, *parts),
-            lambda: whole_mask(found, axes, q_tokens, k_tokens, parts),
-        )
+    if mask is not None:
+        in_order = segments is None or bool(segments)
+        part = part_of(mask, sizes, axes_2d, lengths, k_tokens, in_order)
+        by_later_layers = (q_tokens, k_tokens, None)
+
+        def gather() -> Tensor:
+            gathered = whole_mask(part, axes, q_tokens, k_tokens, parts)
+            if parts:  # later layers may be given text and image as one
+                memory.whole(mask, by_later_layers, lambda: gathered)
+            return gathered
+
+        call = by_later_layers if segments is None else (q_tokens, k_tokens, *parts)
+        whole = memory.whole(mask, call, gather)
 
     # All tokens of some heads; all keys.
     (batch, heads, _, _), units = sizes, k.shape[2]

@@ -5,25 +5,25 @@ A call that is over split tokens without anyone's word is refused: each rank wou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from diffusers_fa3.errors import ParallelError
+from diffusers_fa3.errors import ParallelError, UnsupportedModelError
 from diffusers_fa3.parallel.exchange import Axes, Group
 from diffusers_fa3.parallel.home import Home, home_of, home_on_the_stack
 from diffusers_fa3.parallel.model_plan import ModelPlan
 from diffusers_fa3.parallel.plans import applied, matches
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """A call over split tokens: over whom, and what the sequence is made of, if known."""
 
     axes: Axes
     order: tuple[str, ...] = ()
+    trains: bool = True
+    """Whether gradients of the whole model would be right."""
 
 
 def split_of(
@@ -48,10 +48,12 @@ def split_of(
         passed = parallel_config is not None
         number = 0 if home is None else home.number
         if number:
-            answer: Split | None = _decide_in_graph(
-                number, type(processor).__name__, own, passed, told
-            )
-            return answer
+            found = _decide_in_graph(number, type(processor).__name__, own, passed, told)
+            if found is None:
+                return None
+            *groups, uneven, order, trains = found
+            ulysses, ring, everyone = (Group(*group) for group in groups)
+            return Split(Axes(ulysses, ring, everyone, uneven), order, trains)
         config = _of_context(parallel_config)
         return None if config is None else Split(axes_of(config))
     if home is None:
@@ -72,7 +74,7 @@ def _decide(
         if matches(plan.local, name):
             return None
         if matches(plan.split, name):
-            return Split(axes_of(of_model), plan.order)
+            return Split(axes_of(of_model), plan.order, plan.trains)
     if config is not None:
         return Split(axes_of(config))
     if of_model is None or (told and own):
@@ -88,12 +90,17 @@ def _decide(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def _decide_in_graph(
     number: int, processor: str, own: bool, passed: bool, told: bool
-) -> Split | None:
+) -> tuple[Any, ...] | None:
+    """`_decide`, of constants and to constants: the fields of `Axes`, and the rest of a `Split`."""
     home = home_of(number)
     model = None if home is None else home.model
     config = getattr(model, "_parallel_config", None)
     name = "" if home is None else home.name
-    return _decide(model, name, processor, own, config if passed else None, told)
+    split = _decide(model, name, processor, own, config if passed else None, told)
+    if split is None:
+        return None
+    *groups, uneven = split.axes
+    return (*map(tuple, groups), uneven, split.order, split.trains)
 
 
 def _plan_of(model: Any) -> ModelPlan | None:
@@ -101,7 +108,10 @@ def _plan_of(model: Any) -> ModelPlan | None:
     plan: ModelPlan | None
     config, plan = vars(model).get(APPLIED, (None, None))
     if config is not model._parallel_config:
-        config, plan = model._parallel_config, applied(model)
+        try:
+            config, plan = model._parallel_config, applied(model)
+        except UnsupportedModelError as error:  # split by a plan of somebody else's
+            raise ParallelError(f"context parallelism: {error}") from error
         vars(model)[APPLIED] = (config, plan)
     return plan
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,17 +28,18 @@ sent: Counter[str] = Counter()
 "sizes" or "tokens", and the same with " bytes". Calls in graphs are not counted."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """Ranks that exchange something, and the place of this one among them."""
+class Group(NamedTuple):
+    """Ranks that exchange something, and the place of this one among them.
+
+    A tuple, as `Axes` is: torch.compile makes them of constants.
+    """
 
     name: str
     size: int
     rank: int
 
 
-@dataclass(frozen=True)
-class Axes:
+class Axes(NamedTuple):
     """How a sequence is split: over a ring of groups that trade tokens for heads."""
 
     ulysses: Group
@@ -140,7 +140,7 @@ def heads_for_tokens(
     if not axes.uneven:
         arrived = _all_to_all(rows, group)
         by_rank = arrived.view(group.size, -1, batch, heads // group.size, head_dim)
-        return by_rank.permute(2, 1, 0, 3, 4).flatten(2, 3)
+        return by_rank.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous()
     own = tokens[group.rank]
     each = batch * head_dim
     shares = [n * (heads // units) for n in share(units, group)]
@@ -173,10 +173,9 @@ def of_the_ring(tensors: Sequence[Tensor], axes: Axes, tokens: Sequence[int]) ->
 def of_everyone(part: Tensor, axes: Axes, tokens: Sequence[int]) -> Tensor:
     """A mask's parts of all ranks, end to end on the last axis; `tokens` is its length on each."""
     rows = part.movedim(-1, 0).contiguous()
-    plain = rows.view(torch.uint8) if rows.dtype == torch.bool else rows
-    arrived = _gather(plain, axes.everyone, tokens if axes.uneven else None, "mask")
-    whole = arrived.view(torch.bool) if rows.dtype == torch.bool else arrived
-    return whole.movedim(0, -1).contiguous()
+    numbers = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
+    arrived = _gather(numbers, axes.everyone, tokens if axes.uneven else None, "mask")
+    return arrived.to(rows.dtype).movedim(0, -1).contiguous()
 
 
 def _gather(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+from diffusers_fa3.errors import UnsupportedModelError
 
 CPPlan = dict[str, Any]
 """What `enable_parallelism(cp_plan=...)` takes: module names, and what to split or gather there."""
@@ -26,8 +28,20 @@ class ModelPlan:
     """Likewise, the layers whose keys every rank has: they need nothing of other ranks."""
     order: tuple[str, ...] = ()
     """Arguments of a processor, (B, S, ...), of which the sequence of a mask of all tokens is made,
-    in the order of one process. Only where a layer is given the mask of all tokens, not its part;
-    an argument that is None in a call is left out."""
+    in the order of one process. Only where a layer is given the mask of all tokens, not its part.
+    A layer that lacks some of them, since it is given text and image as one, takes the order from
+    an earlier layer of the forward that was given the same mask."""
+    trains: bool = True
+    """Whether the gradients of parameters, summed over ranks, are those of one process. They are
+    not where tokens are gathered in front of other layers: diffusers' gather passes no gradients
+    on to other ranks, and what comes behind it counts once for each rank."""
+
+
+def refuse(model: Any, why: str) -> NoReturn:
+    """Raise UnsupportedModelError for a model of a class that has a plan."""
+    raise UnsupportedModelError(
+        f"{type(model).__name__} cannot be split over ranks with this configuration: {why}"
+    )
 
 
 def split_input(dim: int, dims: int | None = None) -> ContextParallelInput:

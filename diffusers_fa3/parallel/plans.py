@@ -27,6 +27,14 @@ def cp_plan(model: nn.Module) -> CPPlan:
 
     Raises:
         UnsupportedModelError: nobody has a plan for a model of this class; the text says why.
+
+    Example:
+        >>> from diffusers import SD3Transformer2DModel
+        >>> from diffusers_fa3 import cp_plan
+        >>> model = SD3Transformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        ...     joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8)
+        >>> sorted(cp_plan(model))  # the modules whose inputs or outputs are split or gathered
+        ['context_embedder', 'pos_embed', 'proj_out']
     """
     ours = _of_class(PLANS, model)
     if ours is not None:

@@ -18,12 +18,18 @@ from diffusers_fa3.parallel.exchange import Axes, of_everyone
 
 
 def part_of(
-    mask: Tensor, sizes: tuple[int, int, int, int], axes_2d: Axes2D, in_order: bool, ranks: int
+    mask: Tensor,
+    sizes: tuple[int, int, int, int],
+    axes_2d: Axes2D,
+    lengths: Sequence[int],
+    k_tokens: Sequence[int],
+    in_order: bool,
 ) -> Tensor:
     """A rank's mask, (B or 1, H or 1, 1, S); or an `OuterMask`.
 
-    S is the length of this rank's keys; or, where the order of tokens is known (`in_order`), of all
-    keys, as one process has them.
+    S is the length of this rank's keys; or, where a plan knows the order of all tokens
+    (`in_order`), of all keys, as one process has them. `lengths` of the masks and `k_tokens` are
+    those of all ranks, so that all decide alike.
 
     Raises:
         ParallelError: a mask that cannot be put together: its length is another, or it depends on
@@ -31,21 +37,21 @@ def part_of(
         MaskError: the mask does not broadcast to (B, H, Sq, S).
     """
     batch, heads, q_len, k_len = sizes
-    length = mask.shape[-1]
+    others = [(n, own) for n, own in zip(lengths, k_tokens) if n not in (1, own)]
+    if others:
+        if not in_order or any(n != sum(k_tokens) for n in lengths):
+            raise _other_length(*others[0])
+        k_len = mask.shape[-1]
     if is_in_factors(mask):
-        if mask.shape[2] != length or not (in_order or length == k_len):
-            raise _other_length(length, k_len)
         return mask
-    if length not in (1, k_len):
-        if not in_order:
-            raise _other_length(length, k_len)
-        q_len, k_len = (length, length) if mask.shape[-2:] == (length, length) else (q_len, length)
+    if mask.ndim > 2 or (mask.ndim == 2 and axes_2d == "qk"):
+        q_len = mask.shape[-2]  # of whatever queries: an expanded axis says nothing of them
     compact = as_4d(mask, (batch, heads, q_len, k_len), axes_2d)
     if compact.shape[2] > 1:
         raise ParallelError(
             "context parallelism: a mask of queries and keys; a rank has its queries' view of its "
-            f"own keys only. Got {tuple(mask.shape)}; pass a mask of keys, (B, Sk), on {ranks} "
-            "ranks, or run this model on one"
+            f"own keys only. Got {tuple(mask.shape)}; pass a mask of keys, (B, Sk), or run this "
+            "model on one GPU"
         )
     return compact
 
@@ -67,12 +73,11 @@ def whole_mask(
         q_tokens: each rank's number of queries.
         k_tokens: each rank's number of keys.
         segments: for a mask of all keys as one process has them: the lengths on each rank of what
-            the sequence is made of, such as text and image, in that order.
+            the sequence is made of, such as text and image, in that order; empty if unknown.
 
     Raises:
-        ParallelError: the mask is as long as neither this rank's keys nor all.
+        ParallelError: a mask of all keys, of which the order is unknown.
     """
-    everyone = axes.everyone.rank
     row = slice(axes.ring.rank * axes.ulysses.size, (axes.ring.rank + 1) * axes.ulysses.size)
     if isinstance(part, OuterMask):
         queries, keys = part.factors
@@ -80,8 +85,6 @@ def whole_mask(
         mine = torch.split(all_queries, list(q_tokens), -1)[row]
         all_keys = _in_order_of_ranks(keys, axes, k_tokens, segments)
         return OuterMask(torch.cat(mine, -1).transpose(2, 3), all_keys)
-    if part.shape[-1] == 1 != k_tokens[everyone]:
-        part = part.expand(*part.shape[:-1], k_tokens[everyone])
     return _in_order_of_ranks(part, axes, k_tokens, segments)
 
 
