@@ -95,13 +95,15 @@ def attend(
     find_plan: FindPlan | None = None,
     switch_id: int = 0,
     out: Tensor | None = None,
+    out_is_ours: bool = False,
     return_lse: bool = False,
 ) -> Served | Declined:
     """One attention call, of `attention` or of a processor.
 
     Arguments are those of `attention`, and: whether a 2-D mask is (B, Sk) or (Sq, Sk) (`axes_2d`);
     whether self attention leaves padded tokens out as queries, too (`pack_queries`); what finds the
-    plan of an earlier layer (`find_plan`); for whom compiled graphs count calls (`switch_id`).
+    plan of an earlier layer (`find_plan`); for whom compiled graphs count calls (`switch_id`);
+    whether `out` was made for this call, so that nothing need be checked (`out_is_ours`).
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and _tracing() is not None:  # sizes are tensors there
@@ -109,7 +111,7 @@ def attend(
     if _any_autocast():
         q, k, v = under_autocast(q, k, v)
     sizes = check_inputs(q, k, v, mask, causal)
-    if out is not None:
+    if out is not None and not out_is_ours:
         check_out(out, q, v, others=(k, mask) if isinstance(mask, Tensor) else (k,))
     head_dim = q.shape[-1]
     if 0 in sizes or head_dim == 0:

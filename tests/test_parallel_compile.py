@@ -11,7 +11,7 @@ from test_parallel_models import OWN, output, own_part
 from torch.torch_version import TorchVersion
 from zoo import Case, Layout
 
-from diffusers_fa3 import FallbackWarning, ParallelError, coverage, enable_fa3
+from diffusers_fa3 import FallbackWarning, coverage, enable_fa3
 
 FLUX: Case = next(case for case in OWN if case.name == "flux")
 LAYOUTS: tuple[Layout, ...] = ("none", "ragged")
@@ -21,7 +21,7 @@ WHOLE = TorchVersion(torch.__version__) >= "2.13"
 
 def compiled(
     rank: int, modes: tuple[str, ...], before: bool
-) -> dict[tuple[str, str], tuple[float, dict[tuple[str, str], int]]]:
+) -> dict[tuple[str, str], tuple[float, dict[str, int]]]:
     """The error of each compiled call, and its calls on a kernel by route."""
     found = {}
     for mode in modes:
@@ -55,7 +55,7 @@ def check(world: int, modes: tuple[str, ...], before: bool) -> None:
         for (mode, layout), (error, calls) in found.items():
             assert error < 1e-6, (mode, layout)
             route = "dense" if layout == "none" else "static"
-            assert calls == {("reference", route): 4}, (mode, layout)  # 2 layers, twice
+            assert calls == {route: 4}, (mode, layout)  # 2 layers, twice
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["enabled before", "enabled after"])
@@ -74,20 +74,19 @@ def uneven(rank: int) -> list[str]:
         torch._dynamo.reset()
         model = split(FLUX.build(), **degrees(mode))
         enable_fa3(model, kernel="reference", fallback="silent")
-        model.compile_repeated_blocks(backend="aot_eager")
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         try:
             output(FLUX, model, "none")
             said.append("served")
-        except Exception as error:  # Dynamo wraps it, where the whole graph was asked for
-            said.append(f"{type(error).__name__}: {error}")
+        except Exception as error:  # Dynamo's own, which quotes the one that it met
+            said.append(str(error))
     return said
 
 
 def test_lengths_that_ranks_tell_each_other_are_refused_in_a_graph() -> None:
     for said in results("test_parallel_compile:uneven", 2):
         for words in said:
-            assert words.startswith(ParallelError.__name__), words
-            assert "ulysses_anything and ring_anything under torch.compile" in words
+            assert "ulysses_anything and ring_anything under torch.compile" in words, words
 
 
 def trained(rank: int) -> list[float]:

@@ -33,8 +33,12 @@ def scaled_dot_product_attention(
     """Replaces `torch.nn.functional.scaled_dot_product_attention` in a switched processor."""
     frame = running.frame
     if frame is not None:
-        shaped = query.ndim == key.ndim == value.ndim == 4
-        q, k, v = (x.transpose(1, 2) if shaped else x for x in (query, key, value))
+        reason = "attention dropout" if dropout_p > 0 else ""
+        if query.ndim == key.ndim == value.ndim == 4:
+            q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        else:
+            q, k, v = query, key, value
+            reason = reason or "tensors that are not (B, H, S, D)"
         out = frame.try_kernel(
             q,
             k,
@@ -44,7 +48,7 @@ def scaled_dot_product_attention(
             causal=is_causal,
             axes_2d="qk",
             told=False,
-            reason=_why_not(dropout_p) or ("" if shaped else "tensors that are not (B, H, S, D)"),
+            reason=reason,
         )
         if out is not None:
             return out.transpose(1, 2)
@@ -132,10 +136,9 @@ def try_dispatched(
     parallel_config: Any,
 ) -> Tensor | None:
     """`Frame.try_kernel`, for the arguments of a diffusers backend; tensors are (B, S, H, D)."""
+    reason = "attention dropout" if dropout_p > 0 else ""
     if not isinstance(mask, (Tensor, NoneType)):  # Dynamo of torch 2.9 fails on Tensor | None
         reason = f"mask of type {type(mask).__name__}"
-    else:
-        reason = _why_not(dropout_p)
     # diffusers' native backend reads a 2-D mask of shape (B, Sk) as a key mask. It passes any other
     # 2-D mask to SDPA, which reads it as (Sq, Sk).
     per_key = mask is not None and not reason and mask.shape == (query.shape[0], key.shape[1])
@@ -151,7 +154,3 @@ def try_dispatched(
         parallel_config=parallel_config,
         reason=reason,
     )
-
-
-def _why_not(dropout_p: float) -> str:
-    return "attention dropout" if dropout_p > 0 else ""

@@ -16,7 +16,7 @@ from diffusers_fa3.kernels import needs_grad
 from diffusers_fa3.layers.given import arguments_of, read_arguments
 from diffusers_fa3.layers.record import LayerRecord
 from diffusers_fa3.masks import Axes2D, Plan, PlanCache, sources_of
-from diffusers_fa3.parallel import Memory, Split, attend_split, split_of
+from diffusers_fa3.parallel import Memory, Split, attend_split, distributed, split_of
 
 UNREACHED = "makes no attention call that could be switched"
 
@@ -74,9 +74,12 @@ class Frame:
         no kernel can take the call, if that is known already (`reason`).
         """
         reason = reason or _what_a_kernel_would_miss()
-        record, home = self.record, self.record.home
-        if parallel_config is not None or home is None or home.is_split():
-            split = split_of(home, self._layer(), record.processor, parallel_config, told)
+        record = self.record
+        home = record.home
+        may_be_split = distributed() if home is None else home.is_split()
+        if may_be_split or parallel_config is not None:
+            layer = self.args[0] if self.args else None  # as diffusers' layers pass themselves
+            split = split_of(home, layer, record.processor, parallel_config, told)
             if split is not None:
                 unlearned = "" if split.trains or not needs_grad(q, k, v) else "gradients"
                 _refuse_if(reason, causal, unlearned)
@@ -140,10 +143,6 @@ class Frame:
         if served is not None and not torch.compiler.is_compiling():
             record.calls[served.kernel, served.route] += 1
         return out
-
-    def _layer(self) -> object:
-        """The layer that runs: in diffusers, the first argument of its processor."""
-        return self.args[0] if self.args else None
 
     def _lengths_of(self, order: tuple[str, ...]) -> list[int] | None:
         """The lengths of the processor's arguments of these names; None if it lacks one of them."""

@@ -151,6 +151,7 @@ def attend_split(
         find_plan=find_plan,
         switch_id=switch_id,
         out=rows,
+        out_is_ours=True,
     )
     if isinstance(answer, Declined):
         decline(answer)

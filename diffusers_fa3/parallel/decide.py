@@ -5,6 +5,7 @@ A call that is over split tokens without anyone's word is refused: each rank wou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from diffusers_fa3.parallel.exchange import Axes, Group
 from diffusers_fa3.parallel.home import Home, home_of, home_on_the_stack
 from diffusers_fa3.parallel.model_plan import ModelPlan
 from diffusers_fa3.parallel.plans import applied, matches
+
+# Asked in every call of a layer whose model is unknown.
+distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else lambda: False
 
 
 class Split(NamedTuple):
@@ -41,8 +45,6 @@ def split_of(
     Raises:
         ParallelError: the model is split, and nobody says whether this call is.
     """
-    if parallel_config is None and not (dist.is_available() and dist.is_initialized()):
-        return None
     if torch.compiler.is_compiling():
         own = getattr(processor, "_parallel_config", None) is not None
         passed = parallel_config is not None

@@ -73,7 +73,7 @@ def sizes_of_all(sizes: Sequence[int], axes: Axes) -> list[tuple[int, ...]]:
     on_host = "cpu" in str(dist.get_backend(group)) or dist.get_backend(group) == "gloo"
     device = torch.device("cpu") if on_host else torch.accelerator.current_accelerator()
     mine = torch.tensor(sizes, dtype=torch.int64, device=device)
-    _count("sizes", mine, axes.everyone)
+    _count("sizes", mine.nbytes * (axes.everyone.size - 1))
     rows = mine.new_empty(axes.everyone.size * len(sizes))
     _gather_parts(rows, mine, group=group)
     return [tuple(column) for column in zip(*rows.view(axes.everyone.size, -1).tolist())]
@@ -97,26 +97,23 @@ def tokens_for_heads(
     group = axes.ulysses
     if group.size == 1:
         return tuple(tensors)
-    shares = [[n * (x.shape[2] // units) for n in share(units, group)] for x in tensors]
     batch, head_dim = tensors[0].shape[0], tensors[0].shape[3]
-    mine = [heads[group.rank] for heads in shares]
     if axes.uneven:
-        parts = zip(
-            *(torch.split(x.transpose(0, 1), heads, 2) for x, heads in zip(tensors, shares))
-        )
-        outgoing = [torch.cat(part, 2).flatten() for part in parts]
-        arrived = _all_to_all(
-            torch.cat(outgoing),
-            group,
-            [length * batch * sum(mine) * head_dim for length in tokens],
-            [len(part) for part in outgoing],
-        )
+        shares = [[n * (x.shape[2] // units) for n in share(units, group)] for x in tensors]
+        mine = [heads[group.rank] for heads in shares]
+        by_rank = (x.transpose(0, 1).split_with_sizes(n, 2) for x, n in zip(tensors, shares))
+        outgoing = [torch.cat(parts, 2).flatten() for parts in zip(*by_rank)]
+        each = batch * sum(mine) * head_dim
+        send = [part.shape[0] for part in outgoing]
+        receive = [length * each for length in tokens]
+        arrived = _all_to_all(torch.cat(outgoing), group, receive, send)
     else:
+        mine = [x.shape[2] // group.size for x in tensors]
         # (to rank, token, sample, head, D): the copy is the one that the exchange needs anyway
-        whole = torch.cat([_by_rank(x, group.size) for x in tensors], 3)
-        arrived = _all_to_all(whole.contiguous().flatten(0, 1), group)
+        whole = torch.cat([_by_rank(x, group.size) for x in tensors], 3).contiguous()
+        arrived = _all_to_all(whole.flatten(0, 1), group)
     arrived = arrived.view(sum(tokens), batch, sum(mine), head_dim)
-    return tuple(x.transpose(0, 1) for x in torch.split(arrived, mine, 2))
+    return tuple(x.transpose(0, 1) for x in arrived.split_with_sizes(mine, 2))
 
 
 def _by_rank(x: Tensor, ranks: int) -> Tensor:
@@ -167,7 +164,9 @@ def of_the_ring(tensors: Sequence[Tensor], axes: Axes, tokens: Sequence[int]) ->
         return tuple(tensors)
     rows = torch.cat([x.transpose(0, 1) for x in tensors], 2).contiguous()
     arrived = _gather(rows, axes.ring, tokens if axes.uneven else None)
-    return tuple(x.transpose(0, 1) for x in torch.split(arrived, [x.shape[2] for x in tensors], 2))
+    return tuple(
+        x.transpose(0, 1) for x in arrived.split_with_sizes([x.shape[2] for x in tensors], 2)
+    )
 
 
 def of_everyone(part: Tensor, axes: Axes, tokens: Sequence[int]) -> Tensor:
@@ -183,18 +182,18 @@ def _gather(
 ) -> Tensor:
     """`rows` of all ranks of a group, end to end; `tokens` are their lengths where they differ."""
     if needs_grad(rows):
-        lengths = [len(rows)] * group.size if tokens is None else list(tokens)
+        lengths = [rows.shape[0]] * group.size if tokens is None else list(tokens)
         gathered: Tensor = _Gather.apply(rows, group, lengths, tokens is not None)  # type: ignore[no-untyped-call]  # torch gives it no types
         return gathered
     if tokens is not None:
         # A gather of unequal parts is not in every backend; sending all the same to each is.
         copies = rows.expand(group.size, *rows.shape).flatten(0, 1)
-        return _all_to_all(copies, group, list(tokens), [len(rows)] * group.size, what)
+        return _all_to_all(copies, group, list(tokens), [rows.shape[0]] * group.size, what)
     if torch.compiler.is_compiling():
         traced: Tensor = _gather_traced(rows, 0, group.name)
         return traced
-    _count(what, rows, group, group.size - 1)
-    arrived = rows.new_empty((group.size * len(rows), *rows.shape[1:]))
+    _count(what, rows.nbytes * (group.size - 1))
+    arrived = rows.new_empty((group.size * rows.shape[0], *rows.shape[1:]))
     _gather_parts(arrived, rows, group=_resolve(group))
     return arrived
 
@@ -212,9 +211,14 @@ def _all_to_all(
         return exchanged
     if torch.compiler.is_compiling():
         return functional.all_to_all_single(rows, receive, send, group.name)  # type: ignore[arg-type]  # a NewType of str
-    own = len(rows) // group.size if send is None else send[group.rank]
-    _count(what, rows[own:], group)
-    arrived = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
+    length = rows.shape[0]
+    if send is None or receive is None:
+        _count(what, rows.nbytes // group.size * (group.size - 1))
+        arrived = rows.new_empty(rows.shape)
+    else:
+        own = send[group.rank]
+        _count(what, rows.nbytes // max(length, 1) * (length - own))
+        arrived = rows.new_empty((sum(receive), *rows.shape[1:]))
     dist.all_to_all_single(arrived, rows, receive, send, group=_resolve(group))
     return arrived
 
@@ -251,6 +255,6 @@ def _resolve(group: Group) -> Any:
     return distributed_c10d._resolve_process_group(group.name)  # type: ignore[attr-defined, arg-type]  # torch hides it; a NewType of str
 
 
-def _count(what: str, outgoing: Tensor, group: Group, copies: int = 1) -> None:
+def _count(what: str, size: int) -> None:
     sent[what] += 1
-    sent[f"{what} bytes"] += outgoing.nbytes * copies
+    sent[f"{what} bytes"] += size
