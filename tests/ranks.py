@@ -95,6 +95,19 @@ def degrees(mode: str) -> dict[str, Any]:
     return {f"{ {'U': 'ulysses', 'R': 'ring'}[part[0]] }_degree": int(part[1:]) for part in parts}
 
 
+def known(modes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those modes that the installed diffusers has: the oldest knows one degree, and it divides."""
+    from diffusers import ContextParallelConfig
+
+    def is_known(mode: str) -> bool:
+        try:
+            return bool(ContextParallelConfig(**degrees(mode)))
+        except (TypeError, ValueError):
+            return False
+
+    return tuple(filter(is_known, modes))
+
+
 def _rank(rank: int, world: int, function: Any, folder: str, timeout: int) -> None:
     torch.set_num_threads(1)
     args = pickle.loads(Path(folder, "args").read_bytes())

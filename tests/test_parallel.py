@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import degrees, results
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from diffusers_fa3.attention import Declined, default_attention
 from diffusers_fa3.parallel import Memory, attend, attend_split, exchange
@@ -23,13 +25,16 @@ WORLDS = {2: ("U2", "R2", "UA2", "RA2"), 3: ("U3", "R3", "UA3", "RA3"), 4: ("U2R
 
 
 def axes_for(mode: str) -> Axes:
-    """The axes that diffusers' own configuration gives."""
-    from diffusers import ContextParallelConfig
-    from torch.distributed.device_mesh import init_device_mesh
-
-    config = ContextParallelConfig(**degrees(mode))
-    mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
-    config.setup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh)
+    """The axes of a configuration, also of modes that an old diffusers does not have."""
+    told = degrees(mode)
+    shape = (told.get("ring_degree", 1), told.get("ulysses_degree", 1))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("ring", "ulysses"))
+    config = SimpleNamespace(
+        _ulysses_mesh=mesh["ulysses"],
+        _ring_mesh=mesh["ring"],
+        _flattened_mesh=mesh["ring", "ulysses"]._flatten(),
+        ulysses_anything="A" in mode,
+    )
     return axes_of(config)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import degrees, results, split
+from ranks import degrees, known, results, split
 from test_parallel_models import OWN, output, own_part
 from torch.torch_version import TorchVersion
 from zoo import Case, Layout
@@ -50,6 +50,7 @@ def compiled(
 
 
 def check(world: int, modes: tuple[str, ...], before: bool) -> None:
+    modes = known(modes)
     for found in results("test_parallel_compile:compiled", world, modes, before):
         assert len(found) == len(modes) * len(LAYOUTS)
         for (mode, layout), (error, calls) in found.items():
@@ -70,7 +71,7 @@ def test_a_compiled_unified_split_is_as_on_one_process() -> None:
 
 def uneven(rank: int) -> list[str]:
     said = []
-    for mode in ("UA2", "RA2"):
+    for mode in known(("UA2", "RA2")):
         torch._dynamo.reset()
         model = split(FLUX.build(), **degrees(mode))
         enable_fa3(model, kernel="reference", fallback="silent")

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from ranks import results, run, split
 from tiny import CONFIG
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from zoo import CASES
 
 from diffusers_fa3 import FA3AttnProcessor, ParallelError, enable_fa3
@@ -182,6 +183,8 @@ def failing(rank: int, stays: bool) -> float:
 
 @pytest.mark.parametrize("stays", [True, False], ids=["and stays", "and ends"])
 def test_a_rank_that_raises_by_itself_ends_the_others_in_time(stays: bool) -> None:
+    if stays and TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("the groups of a mesh did not take the timeout of the process group")
     waited, other = run("test_parallel_errors:failing", 2, stays, timeout=4)
     assert isinstance(waited, float)
     assert 0 <= waited < 10

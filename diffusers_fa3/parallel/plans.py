@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any, TypeVar
 
-from diffusers.hooks import context_parallel as hooks
+from diffusers.hooks.context_parallel import (
+    _CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE,
+    _CONTEXT_PARALLEL_OUTPUT_HOOK_TEMPLATE,
+    _get_submodule_by_name,
+)
 from torch import nn
 
 from diffusers_fa3.errors import UnsupportedModelError
@@ -38,7 +43,7 @@ def cp_plan(model: nn.Module) -> CPPlan:
     """
     ours = _of_class(PLANS, model)
     if ours is not None:
-        return ours.make(model)
+        return _of_this_release(model, ours.make(model))
     own: CPPlan | None = getattr(model, "_cp_plan", None)
     if own is not None:
         return own
@@ -53,7 +58,8 @@ def applied(model: nn.Module) -> ModelPlan | None:
     ours = _of_class(PLANS, model)
     if ours is None:
         return None
-    return ours if all(_is_applied(model, *entry) for entry in ours.make(model).items()) else None
+    plan = _of_this_release(model, ours.make(model))
+    return ours if all(_is_applied(model, *entry) for entry in plan.items()) else None
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -65,16 +71,32 @@ def _of_class(table: dict[str, Entry], model: nn.Module) -> Entry | None:
     return next((table[b.__name__] for b in type(model).__mro__ if b.__name__ in table), None)
 
 
+def _of_this_release(model: nn.Module, plan: CPPlan) -> CPPlan:
+    """A plan without arguments that modules of an older diffusers do not have."""
+    return {place: _known(_modules(model, place)[0], entry) for place, entry in plan.items()}
+
+
+def _known(module: nn.Module, entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    names = inspect.signature(type(module).forward).parameters
+    return {name: each for name, each in entry.items() if isinstance(name, int) or name in names}
+
+
+def _modules(model: nn.Module, place: str) -> list[nn.Module]:
+    found = _get_submodule_by_name(model, place)
+    return found if isinstance(found, list) else [found]
+
+
 def _is_applied(model: nn.Module, place: str, entry: Any) -> bool:
     """Whether diffusers' hooks at this place hold this entry of a plan."""
     wanted = entry if isinstance(entry, dict | list | tuple) else [entry]
     template = (
-        hooks._CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE
+        _CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE
         if isinstance(entry, dict)
-        else hooks._CONTEXT_PARALLEL_OUTPUT_HOOK_TEMPLATE
+        else _CONTEXT_PARALLEL_OUTPUT_HOOK_TEMPLATE
     )
-    found = hooks._get_submodule_by_name(model, place)
-    for module in found if isinstance(found, list) else [found]:
+    for module in _modules(model, place):
         registry = getattr(module, "_diffusers_hook", None)
         hook = None if registry is None else registry.get_hook(template.format(place))
         if hook is None or hook.metadata != wanted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,18 +52,14 @@ def _stack(
         model: the model.
         blocks: the name of the list.
         first: what is split before the first block.
-        every: what is split in each block; arguments that an older diffusers does not have are
-            left out.
+        every: what is split in each block.
         ends: the modules whose outputs are gathered; if none is named, the last block.
         dim: the axis of the tokens in these outputs.
     """
-    layers = getattr(model, blocks)
-    known = inspect.signature(type(layers[0]).forward).parameters
-    in_each: Entry = {name: entry for name, entry in every.items() if name in known}
-    ends = ends or [f"{blocks}.{len(layers) - 1}"]
-    plan: CPPlan = {f"{blocks}.*": in_each, **dict.fromkeys(ends, gather_output(dim))}
+    ends = ends or [f"{blocks}.{len(getattr(model, blocks)) - 1}"]
+    plan: CPPlan = {f"{blocks}.*": every, **dict.fromkeys(ends, gather_output(dim))}
     if f"{blocks}.0" in plan:  # the only block, and a name has one entry
-        return {**plan, f"{blocks}.*": {**first, **in_each}}
+        return {**plan, f"{blocks}.*": {**first, **every}}
     return {f"{blocks}.0": first, **plan}
 
 
