@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from diffusers_fa3.errors import InputError
 from diffusers_fa3.tools import cli
+from diffusers_fa3.tools.bench import command
 from diffusers_fa3.tools.bench.cases import CASES, SHARES, Case, cases_of
 from diffusers_fa3.tools.bench.measure import WRONG_FROM, error_of, rows_to_compare
 from diffusers_fa3.tools.bench.methods import Method, backend_in, host_syncs
@@ -226,7 +227,7 @@ def test_rows_of_padding_are_compared_but_where_they_are_left_out() -> None:
 
 def asked(*options: str) -> list[Case]:
     """The calls that the options ask for, on a CPU."""
-    return cli._cases(cli._parser().parse_args(["bench", "--device", "cpu", *options]))
+    return command._cases(cli._parser().parse_args(["bench", "--device", "cpu", *options]))
 
 
 def test_a_model_is_known_by_its_name_and_by_its_class() -> None:

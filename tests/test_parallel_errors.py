@@ -13,13 +13,13 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from ranks import results, run, split
+from ranks import known, results, run, split
 from tiny import CONFIG
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from zoo import CASES
 
-from diffusers_fa3 import FA3AttnProcessor, ParallelError, enable_fa3
+from diffusers_fa3 import FA3AttnProcessor, ParallelError, cp_plan, enable_fa3
 
 ZOO = {case.name: case for case in CASES}
 TEXT, IMAGE = 4, 4
@@ -91,6 +91,29 @@ def refusals() -> dict[str, tuple[Callable[[], object], str]]:
         enable_fa3(model, kernel="reference", fallback="silent")
         return case.run(split(model, plan, ulysses_degree=2), "none")
 
+    def by_hand_in_a_graph() -> object:
+        case = ZOO["sd3"]
+        model = case.build()
+        by_hand = {
+            name: FA3AttnProcessor(processor, kernel="reference", fallback="silent")
+            for name, processor in model.attn_processors.items()
+        }
+        model.set_attn_processor(by_hand)
+        split(model, cp_plan(model), ring_degree=2)
+        torch._dynamo.reset()
+        for block in model.transformer_blocks:
+            block.compile(backend="eager", fullgraph=True)
+        try:
+            return case.run(model, "none")
+        except Exception as error:  # Dynamo's own, which quotes ours
+            start = str(error).index("context parallelism")
+            raise ParallelError(str(error)[start:]) from error
+
+    def mask_on_one_rank() -> object:
+        mask = torch.ones(1, 4, dtype=torch.bool) if dist.get_rank() == 0 else None
+        model = ready(flux(), ulysses_degree=2, ulysses_anything=True)
+        return model(**inputs(mask))
+
     def transform() -> object:
         model = ready(flux(), ring_degree=2)
         given = inputs()
@@ -99,7 +122,7 @@ def refusals() -> dict[str, tuple[Callable[[], object], str]]:
             lambda x: model(hidden_states=x, **given)[0], (tokens,), (torch.ones_like(tokens),)
         )
 
-    return {
+    found = {
         "a mask of all keys": (
             masked(torch.ones(1, TEXT + IMAGE, dtype=torch.bool), ulysses_degree=2),
             "a mask of 8 keys on a rank that has 4; split it as the tokens are",
@@ -124,15 +147,22 @@ def refusals() -> dict[str, tuple[Callable[[], object], str]]:
             processors_set_late(lambda p: FA3AttnProcessor(p, fallback="silent")),
             "FluxAttnProcessor takes no part in it",
         ),
+        "a processor wrapped by hand, in a graph": (
+            by_hand_in_a_graph,
+            "JointAttnProcessor2_0 takes no part in it",
+        ),
         "forward-mode derivatives": (transform, "forward-mode derivatives"),
     }
+    if known(("UA2",)):
+        found["a mask on one rank"] = (mask_on_one_rank, "a mask on some ranks alone")
+    return found
 
 
 def plain(processor: Any) -> Any:
     return processor
 
 
-def ready(model: nn.Module, **degrees: int) -> nn.Module:
+def ready(model: nn.Module, **degrees: Any) -> nn.Module:
     enable_fa3(model, kernel="reference", fallback="silent")
     return split(model, **degrees)
 

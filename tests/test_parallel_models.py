@@ -302,6 +302,33 @@ def test_every_way_to_switch_a_split_model_is_exact() -> None:
             assert error < 1e-6, way
 
 
+def adapter(rank: int) -> list[str]:
+    """An IP-Adapter that is loaded into a split model changes its plan."""
+    import split_image
+
+    case = ZOO["sd3_ip_adapter"]
+    plain = replace(case, prepare=None)
+    model = split(plain.build(), cp_plan(plain.build()), ring_degree=2)
+    enable_fa3(model, kernel="reference", fallback="silent")
+    said = []
+    for again in (False, True):
+        try:
+            output(ZOO["sd3"] if not again else case, model, "none")
+            said.append("served")
+        except ParallelError as error:
+            said.append(str(error))
+        if not again:
+            split_image._add_ip_adapter(model)
+            enable_fa3(model, kernel="reference", fallback="silent")
+    return said
+
+
+def test_an_adapter_that_is_loaded_into_a_split_model_is_refused() -> None:
+    for first, second in results("test_parallel_models:adapter", 2):
+        assert first == "served"
+        assert "takes no part in it" in second
+
+
 def test_every_class_has_a_plan_or_a_reason() -> None:
     for case in CASES:
         model = case.build()

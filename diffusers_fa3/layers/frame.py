@@ -79,7 +79,9 @@ class Frame:
         may_be_split = distributed() if home is None else home.is_split()
         if may_be_split or parallel_config is not None:
             layer = self.args[0] if self.args else None  # as diffusers' layers pass themselves
-            split = split_of(home, layer, record.processor, parallel_config, told)
+            # A graph would be compiled anew for each forward, if it knew of them.
+            forward = None if torch.compiler.is_compiling() else running.plans.forward
+            split = split_of(home, layer, record.processor, parallel_config, told, forward)
             if split is not None:
                 unlearned = "" if split.trains or not needs_grad(q, k, v) else "gradients"
                 _refuse_if(reason, causal, unlearned)

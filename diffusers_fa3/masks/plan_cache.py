@@ -33,6 +33,9 @@ class PlanCache:
     `tensor.data` write without raising the version, and inference tensors have none. So a plan is
     kept for one forward only: see `begin`.
 
+    Attributes:
+        forward: an object of the forward that runs, another one for each.
+
     Args:
         verify: at every reuse, also make the plan again and compare. Slow; finds wrong reuse.
     """
@@ -42,6 +45,7 @@ class PlanCache:
         self._plans: OrderedDict[object, tuple[list[Alive], Any]] = OrderedDict()
         self._model: object = None
         self._layers: set[int] = set()
+        self.forward = object()
 
     def begin(self, model: object, layer: int) -> None:
         """Note that a layer runs, and forget all plans if it begins another forward.
@@ -56,6 +60,7 @@ class PlanCache:
         layers = self._layers
         if layer in layers or model != self._model:
             self._plans.clear()
+            self.forward = object()
             layers.clear()
             self._model = model
         layers.add(layer)

@@ -94,6 +94,11 @@ def attend_split(
     length = 0 if mask is None else mask.shape[-1]
     told = (*sizes[2:], length, *(segments or ()))
     q_tokens, k_tokens, lengths, *parts = sizes_of_all(told, axes)
+    if len({n == 0 for n in lengths}) > 1:
+        raise ParallelError(
+            "context parallelism: a mask on some ranks alone; pass one on each, all True where "
+            "nothing is hidden"
+        )
     whole = None
     if mask is not None:
         in_order = segments is None or bool(segments)

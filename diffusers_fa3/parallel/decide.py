@@ -31,7 +31,12 @@ class Split(NamedTuple):
 
 
 def split_of(
-    home: Home | None, layer: Any, processor: Any, parallel_config: Any, told: bool
+    home: Home | None,
+    layer: Any,
+    processor: Any,
+    parallel_config: Any,
+    told: bool,
+    forward: object,
 ) -> Split | None:
     """How the tokens of a call are split; None if this rank has all that the call needs.
 
@@ -41,37 +46,41 @@ def split_of(
         processor: the layer's own processor.
         parallel_config: what the processor passed with the call, if it did.
         told: whether the processor calls diffusers' dispatcher, which can be told.
+        forward: tells forwards apart. What is known of a model is asked anew in each.
 
     Raises:
         ParallelError: the model is split, and nobody says whether this call is.
     """
-    if torch.compiler.is_compiling():
-        own = getattr(processor, "_parallel_config", None) is not None
-        passed = parallel_config is not None
-        number = 0 if home is None else home.number
-        if number:
-            found = _decide_in_graph(number, type(processor).__name__, own, passed, told)
-            if found is None:
-                return None
-            *groups, uneven, order, trains = found
-            ulysses, ring, everyone = (Group(*group) for group in groups)
-            return Split(Axes(ulysses, ring, everyone, uneven), order, trains)
+    own = getattr(processor, "_parallel_config", None) is not None
+    name = type(processor).__name__
+    if not torch.compiler.is_compiling():
+        home = home_on_the_stack(layer) if home is None else home
+        model, place = (None, "") if home is None else (home.model, home.name)
+        return _decide(model, place, name, own, parallel_config, told, forward)
+    if home is None and parallel_config is not None:
         config = _of_context(parallel_config)
         return None if config is None else Split(axes_of(config))
-    if home is None:
-        home = home_on_the_stack(layer)
-    model = None if home is None else home.model
-    name = "" if home is None else home.name
-    own = getattr(processor, "_parallel_config", None) is not None
-    return _decide(model, name, type(processor).__name__, own, parallel_config, told)
+    number = 0 if home is None else home.number
+    found = _decide_in_graph(number, name, own, parallel_config is not None, told)
+    if found is None:
+        return None
+    *groups, uneven, order, trains = found
+    ulysses, ring, everyone = (Group(*group) for group in groups)
+    return Split(Axes(ulysses, ring, everyone, uneven), order, trains)
 
 
 def _decide(
-    model: Any, name: str, processor: str, own: bool, parallel_config: Any, told: bool
+    model: Any,
+    name: str,
+    processor: str,
+    own: bool,
+    parallel_config: Any,
+    told: bool,
+    forward: object,
 ) -> Split | None:
     config = _of_context(parallel_config)
     of_model = _of_context(getattr(model, "_parallel_config", None))
-    plan = None if of_model is None else _plan_of(model)
+    plan = None if of_model is None else _plan_of(model, forward)
     if plan is not None:
         if matches(plan.local, name):
             return None
@@ -94,32 +103,32 @@ def _decide_in_graph(
     number: int, processor: str, own: bool, passed: bool, told: bool
 ) -> tuple[Any, ...] | None:
     """`_decide`, of constants and to constants: the fields of `Axes`, and the rest of a `Split`."""
-    home = home_of(number)
+    home = home_of(number) if number else home_on_the_stack(None)
     model = None if home is None else home.model
     config = getattr(model, "_parallel_config", None)
     name = "" if home is None else home.name
-    split = _decide(model, name, processor, own, config if passed else None, told)
+    split = _decide(model, name, processor, own, config if passed else None, told, object())
     if split is None:
         return None
     *groups, uneven = split.axes
     return (*map(tuple, groups), uneven, split.order, split.trains)
 
 
-def _plan_of(model: Any) -> ModelPlan | None:
-    """`applied`, kept on the model as long as its configuration is the same."""
+def _plan_of(model: Any, forward: object) -> ModelPlan | None:
+    """`applied`, found once per forward: an adapter that is loaded changes a model's plan."""
     plan: ModelPlan | None
-    config, plan = vars(model).get(APPLIED, (None, None))
-    if config is not model._parallel_config:
+    known, plan = vars(model).get(APPLIED, (None, None))
+    if known is not forward:
         try:
-            config, plan = model._parallel_config, applied(model)
+            plan = applied(model)
         except UnsupportedModelError as error:  # split by a plan of somebody else's
             raise ParallelError(f"context parallelism: {error}") from error
-        vars(model)[APPLIED] = (config, plan)
+        vars(model)[APPLIED] = (forward, plan)
     return plan
 
 
 APPLIED = "_fa3_applied"
-"""Attribute of a split model: its configuration, and the plan of ours that it is split by."""
+"""Attribute of a split model: a forward, and the plan of ours by which it was split in it."""
 
 
 def axes_of(config: Any) -> Axes:

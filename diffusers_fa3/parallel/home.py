@@ -55,6 +55,7 @@ def home_on_the_stack(layer: Any) -> Home | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         running = frame.f_locals.get("self")
+        running = getattr(running, "_orig_mod", running)  # of a compiled model
         model: Any = running if isinstance(running, ModelMixin) else None
         if getattr(model, "_parallel_config", None) is not None:
             names = (name for name, module in model.named_modules() if module is layer)
