@@ -116,7 +116,7 @@ class PackingPlan:
         """A view of the caller's (B, Sq, H, D) `out` that the kernel can write into, or None."""
         if out is None or self.route != "packed":
             return out
-        rows_in_order = out.stride(0) == self.q_len * out.stride(1)
+        rows_in_order = self.batch == 1 or out.stride(0) == self.q_len * out.stride(1)
         return out.flatten(0, 1) if rows_in_order and self.indices_q is None else None
 
     def unpack(self, result: Tensor, out: Tensor | None = None) -> Tensor:
@@ -160,6 +160,7 @@ def _take(x: Tensor, indices: Tensor | None) -> Tensor:
     if x.is_floating_point() and x.dtype.itemsize == 1:  # not every torch indexes float8 on a GPU
         return _take(x.view(torch.uint8), indices).view(x.dtype)
     length = x.shape[1]
-    if x.stride(0) == length * x.stride(1):
+    # Of one sample, the stride of the batch says nothing.
+    if x.shape[0] == 1 or x.stride(0) == length * x.stride(1):
         return x.flatten(0, 1).index_select(0, indices)
     return x[indices // length, indices % length]
