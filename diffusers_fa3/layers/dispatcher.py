@@ -27,8 +27,6 @@ from diffusers_fa3.layers.record import LayerRecord, Settings
 
 NAME = "fa3"
 
-_PROCESS = LayerRecord(None, Settings(), 'attention_backend("fa3")')
-
 _undo: list[Callable[[], None]] = []
 
 
@@ -58,6 +56,7 @@ def register() -> None:
     """
     if _undo:
         return
+    Settings.asked(None, None)  # an error about the environment comes before any patch
     for layer_class in (Attention, AttentionModuleMixin):
         _patch(layer_class, "set_processor", _set_processor)
     for pipeline_class in (DiffusionPipeline, ModularPipeline):
@@ -175,13 +174,14 @@ def _add_backend() -> None:
 
 def _backend_before(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Backend "fa3" of diffusers' dispatcher, with the arguments of the native one, by name."""
+    record = LayerRecord(None, Settings.asked(None, None), 'attention_backend("fa3")')
 
     @functools.wraps(native)
     def backend(**call: Any) -> Tensor:
         if not torch.compiler.is_compiling():
-            begin(_PROCESS, ())  # it knows no layers: each call may be of another forward
+            begin(record, ())  # it knows no layers: each call may be of another forward
         out = try_dispatched(
-            Frame(_PROCESS, (), {}),
+            Frame(record, (), {}),
             call["query"],
             call["key"],
             call["value"],

@@ -6,12 +6,12 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
-from diffusers_fa3.errors import FallbackWarning, InputError, UnsupportedModelError
-from diffusers_fa3.kernels import KernelChoice, check_choice
+from diffusers_fa3.errors import FallbackWarning, UnsupportedModelError
+from diffusers_fa3.kernels import KernelChoice
 from diffusers_fa3.layers.block_masks import lay_out_masks_of, spread_masks_of
 from diffusers_fa3.layers.coverage_report import (
     Coverage,
@@ -23,7 +23,7 @@ from diffusers_fa3.layers.coverage_report import (
 from diffusers_fa3.layers.find import attention_layers, homes_of, models_of
 from diffusers_fa3.layers.pads import layers_that_pack_queries
 from diffusers_fa3.layers.processor import record_of, unwrap, wrap
-from diffusers_fa3.layers.record import Fallback, Settings
+from diffusers_fa3.layers.record import Fallback, Settings, warnings_are_wanted
 from diffusers_fa3.parallel import APPLIED
 
 LayerFilter = str | Callable[[str, nn.Module], bool]
@@ -44,8 +44,8 @@ class Refusal:
 def enable_fa3(
     pipe_or_model: Any,
     *,
-    kernel: KernelChoice = "auto",
-    fallback: Fallback = "warn",
+    kernel: KernelChoice | None = None,
+    fallback: Fallback | None = None,
     layers: LayerFilter | None = None,
     pack_queries: bool = False,
 ) -> Coverage:
@@ -68,11 +68,14 @@ def enable_fa3(
             controlnet, prior or super_res in their name, and those that begin with decoder. The VAE
             and the text encoders are not; pass them by themselves.
         kernel: "auto", the best that is installed; or a name from `available_kernels()`, or a
-            function with FlashAttention's arguments, which is used or refused.
+            function with FlashAttention's arguments, which is used or refused. None: the
+            environment variable `DIFFUSERS_FA3_KERNEL`, or else "auto".
         fallback: how a call is told that no kernel can serve and that the default attention serves
             instead. Every such call is counted. "warn" also warns once for each processor class and
             reason, "error" raises instead of serving, "silent" does neither. A layer that cannot be
-            switched is told at once: "warn" warns once for each reason, "error" raises.
+            switched is told at once: "warn" warns once for each reason, "error" raises. None: the
+            environment variable `DIFFUSERS_FA3_FALLBACK`, or else "warn". Where the verbosity of
+            `diffusers.utils.logging` is below that of warnings, "warn" does not warn.
         layers: which of the layers: a regular expression, searched in their names as `coverage`
             shows them; or a function of a layer's name and module. None: all.
         pack_queries: leave padded tokens out as queries, too, and not as keys alone. This is for
@@ -105,10 +108,7 @@ def enable_fa3(
         1 calls on a kernel, 0 on the default attention; 0 plans made, 0 reused
         >>> disable_fa3(block)
     """
-    if fallback not in get_args(Fallback):
-        raise InputError(f"fallback is one of {get_args(Fallback)}; got {fallback!r}")
-    check_choice(kernel)
-    settings = Settings(kernel, fallback)
+    settings = Settings.asked(kernel, fallback)
     found = dict(attention_layers(pipe_or_model))
     selected = {name: layer for name, layer in found.items() if _selects(layers, name, layer)}
     if not selected:
@@ -233,7 +233,7 @@ def _tell(refusals: Mapping[str, Refusal], selected: int, settings: Settings) ->
             "by `layers`: a regular expression, searched in their names, or a function of the name "
             "and the module of a layer"
         )
-    if settings.fallback == "warn":
+    if settings.fallback == "warn" and warnings_are_wanted():
         for names, reason in told.items():
             text = f"{names}: the default attention serves, and is not counted: {reason}"
             warnings.warn(text, FallbackWarning, stacklevel=3)

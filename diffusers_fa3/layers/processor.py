@@ -32,11 +32,13 @@ class FA3AttnProcessor:
         processor: the layer's processor. Without a processor, this is a request for
             `set_attn_processor` after `register()`, by which every layer keeps its own processor; a
             layer that calls a request gets an error.
-        kernel: "auto", a name from `available_kernels()`, or a function.
+        kernel: "auto", a name from `available_kernels()`, or a function; None as for `enable_fa3`.
         fallback: how a call that no kernel can serve is told, besides being counted: "warn" warns
-            once for each reason, "error" raises, "silent" does neither.
+            once for each reason, "error" raises, "silent" does neither; None as for `enable_fa3`.
 
     Raises:
+        KernelUnavailableError: `kernel` is unknown or not installed.
+        InputError: an unknown `fallback`.
         UnsupportedModelError: `processor` cannot be wrapped: it is a function, a functools.partial,
             a bound method, or has no `__dict__`.
 
@@ -56,10 +58,10 @@ class FA3AttnProcessor:
         cls,
         processor: Any = None,
         *,
-        kernel: KernelChoice = "auto",
-        fallback: Fallback = "warn",
+        kernel: KernelChoice | None = None,
+        fallback: Fallback | None = None,
     ) -> FA3AttnProcessor:
-        settings = Settings(kernel, fallback)
+        settings = Settings.asked(kernel, fallback)
         if processor is not None:
             return wrap(unwrap(processor), settings)
         request = super().__new__(cls)

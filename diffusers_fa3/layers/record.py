@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import count
-from typing import Any, Literal
+from logging import WARNING
+from typing import Any, Literal, cast, get_args
 
 import torch
+from diffusers.utils import logging
 
-from diffusers_fa3.errors import FA3Error, FallbackWarning, KernelUnavailableError
-from diffusers_fa3.kernels import KernelChoice, note_declined
+from diffusers_fa3.errors import FA3Error, FallbackWarning, InputError, KernelUnavailableError
+from diffusers_fa3.kernels import KernelChoice, check_choice, note_declined
 from diffusers_fa3.parallel import Home
 
 Fallback = Literal["warn", "error", "silent"]
+
+KERNEL_VARIABLE, FALLBACK_VARIABLE = "DIFFUSERS_FA3_KERNEL", "DIFFUSERS_FA3_FALLBACK"
+"""Environment variables: the kernel's name and `fallback`, where a call gives none."""
+
+
+@contextmanager
+def _naming(variable: str) -> Iterator[None]:
+    """Name the environment variable, if any, in an error about its value."""
+    try:
+        yield
+    except (InputError, KernelUnavailableError) as error:
+        if not variable:
+            raise
+        raise type(error)(f"{variable}={os.environ.get(variable)}: {error}") from error
+
+
+# assume_constant_result: Dynamo runs the function once while it traces, and not in the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+def warnings_are_wanted() -> bool:
+    """Whether diffusers' verbosity lets warnings through: `diffusers.utils.logging`."""
+    return logging.get_verbosity() <= WARNING
 
 
 @dataclass(frozen=True)
@@ -28,6 +54,23 @@ class Settings:
     """(processor class, reason) of each warning given so far."""
     switch_id: int = field(default_factory=count(1).__next__, init=False, compare=False)
     """The number under which compiled graphs count calls, since they cannot count on a layer."""
+
+    @classmethod
+    def asked(cls, kernel: KernelChoice | None, fallback: Fallback | None) -> Settings:
+        """The options that were given, checked; for None, those of the environment.
+
+        Raises:
+            KernelUnavailableError: the kernel is unknown or not installed.
+            InputError: an unknown `fallback`.
+        """
+        with _naming(KERNEL_VARIABLE if kernel is None else ""):
+            chosen = os.environ.get(KERNEL_VARIABLE, "auto") if kernel is None else kernel
+            check_choice(chosen)
+        with _naming(FALLBACK_VARIABLE if fallback is None else ""):
+            told = os.environ.get(FALLBACK_VARIABLE, "warn") if fallback is None else fallback
+            if told not in get_args(Fallback):
+                raise InputError(f"fallback is one of {get_args(Fallback)}; got {told!r}")
+        return cls(chosen, cast(Fallback, told))
 
     def options(self) -> dict[str, Any]:
         """The options that the user can set, by name."""
@@ -74,11 +117,13 @@ class LayerRecord:
         if refused or self.settings.fallback == "error":
             raise error
         if torch.compiler.is_compiling():
-            note_declined(self.settings.switch_id, reason, self.settings.fallback == "warn")
+            warn = self.settings.fallback == "warn" and warnings_are_wanted()
+            note_declined(self.settings.switch_id, reason, warn)
             return
         self.fallbacks[reason] += 1
         warning = (type(self.processor).__name__, reason)
-        if self.settings.fallback == "warn" and warning not in self.settings.warned:
+        new = warning not in self.settings.warned
+        if self.settings.fallback == "warn" and new and warnings_are_wanted():
             self.settings.warned.add(warning)
             warnings.warn(
                 f"{self}: the default attention serves: {reason}", FallbackWarning, stacklevel=2
