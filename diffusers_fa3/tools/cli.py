@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from diffusers_fa3.errors import FA3Error
 from diffusers_fa3.tools.bench import command as bench
+from diffusers_fa3.tools.info import command as info
 
 EXTRAS = {"rich": "bench", "matplotlib": "bench"}
 """The extra that installs a module which the core does not need."""
@@ -33,5 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("diffusers-fa3")
     commands = parser.add_subparsers(required=True, metavar="command")
-    bench.add_command(commands)
+    for each in (info, bench):
+        each.add_command(commands)
     return parser
