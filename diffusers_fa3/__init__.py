@@ -30,11 +30,13 @@ if TYPE_CHECKING:
         unregister,
     )
     from diffusers_fa3.parallel import cp_plan
+    from diffusers_fa3.tools.check import check_parity
 
 __version__ = "0.1.0"
 
 _TOUCHES_DIFFUSERS = {
     "FA3AttnProcessor": "layers",
+    "check_parity": "tools.check",
     "coverage": "layers",
     "cp_plan": "parallel",
     "disable_fa3": "layers",
@@ -58,6 +60,7 @@ __all__ = [
     "attention",
     "available_kernels",
     "call_kernel",
+    "check_parity",
     "coverage",
     "cp_plan",
     "disable_fa3",

@@ -17,13 +17,19 @@ from __future__ import annotations
 
 from diffusers_fa3.layers.dispatcher import register, unregister
 from diffusers_fa3.layers.enable import coverage, disable_fa3, enable_fa3
-from diffusers_fa3.layers.processor import FA3AttnProcessor
+from diffusers_fa3.layers.frame import Frame, begin
+from diffusers_fa3.layers.processor import FA3AttnProcessor, record_of
+from diffusers_fa3.layers.record import LayerRecord
 
 __all__ = [
     "FA3AttnProcessor",
+    "Frame",
+    "LayerRecord",
+    "begin",
     "coverage",
     "disable_fa3",
     "enable_fa3",
+    "record_of",
     "register",
     "unregister",
 ]

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 
 from diffusers_fa3.errors import FA3Error
 from diffusers_fa3.tools.bench import command as bench
+from diffusers_fa3.tools.check import command as check
 from diffusers_fa3.tools.info import command as info
 
-EXTRAS = {"rich": "bench", "matplotlib": "bench"}
+EXTRAS = {"rich": "bench", "matplotlib": "bench", "PIL": "bench"}
 """The extra that installs a module which the core does not need."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return exit status 0, or 2 after printing an error."""
+    """Run a command; return its exit status, 0 if it has none, or 2 after printing an error."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except FA3Error as error:
         print(f"diffusers-fa3: {error}", file=sys.stderr)
         return 2
@@ -28,12 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"diffusers-fa3: {error}; pip install 'diffusers-fa3[{extra}]'", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("diffusers-fa3")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for each in (info, bench):
+    for each in (info, check, bench):
         each.add_command(commands)
     return parser

@@ -1,0 +1,173 @@
+"""check_parity: a user's own model or pipeline, on its default attention and on this one."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from diffusers_fa3.errors import InputError
+from diffusers_fa3.kernels import KernelChoice, available_kernels
+from diffusers_fa3.layers import coverage, disable_fa3, enable_fa3
+from diffusers_fa3.tools.check.drawn import Pictures, draw
+from diffusers_fa3.tools.check.kept import components_of, device_of, kept, modules_of
+from diffusers_fa3.tools.check.observed import Observer, observed
+from diffusers_fa3.tools.check.parity import Drawn, Layer, Parity
+from diffusers_fa3.tools.check.runs import arguments_of, must_run, run, words_of
+
+STEPS = 4
+"""Denoising steps: enough to see whether a difference grows."""
+
+
+def check_parity(
+    pipe_or_model: Any,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    kernel: KernelChoice = "auto",
+    layers: Any = None,
+    prompts: Sequence[str] | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+    on_progress: Callable[[str], None] = lambda stage: None,
+) -> Parity:
+    """Compare a model or pipeline on its default attention with itself on a kernel.
+
+    First layer by layer: in a run on the default attention, the inputs of each attention call are
+    given to the kernel too, in the way in which a switched layer does it, and both outputs are
+    compared with float64. A call passes if the kernel's error is at most twice the default's own
+    error, plus a few roundings: its largest error, and the root of the mean square. Then the whole:
+    latents after each step, and pictures, on the default and on the kernel, from the same noise.
+    These are reported, beside the difference that another backend of PyTorch makes; only values
+    that are not finite fail there.
+
+    Calls that the default attention serves in a switched layer are listed with the reason. They
+    fail the check only if `kernel` is a name or a function.
+
+    The model is left as it was: processors, hooks, modes, settings and counts of an earlier
+    `enable_fa3`, PyTorch's random state. The check itself runs without these settings, in eval
+    mode, and not compiled where layers are compared. There is one copy of the model; float64 is
+    computed in blocks.
+
+    Args:
+        pipe_or_model: a pipeline of diffusers, or a model.
+        inputs: arguments of the call, by name. A model needs all; a pipeline gets `prompts`,
+            `steps` and a size that suits the device, unless they are given here.
+        kernel: as for `enable_fa3`.
+        layers: as for `enable_fa3`.
+        prompts: the pipeline's prompts; by default two of different length, since padding is where
+            it matters.
+        steps: denoising steps.
+        seed: of the noise.
+        on_progress: called after each comparison and each step, with the name of the stage.
+
+    Raises:
+        InputError: arguments that lack, or with which the model does not run on its default.
+        UnsupportedModelError, KernelUnavailableError: as `enable_fa3` raises them.
+
+    Example:
+        >>> import torch
+        >>> from diffusers.models.attention_processor import Attention
+        >>> from diffusers_fa3 import check_parity
+        >>> block = Attention(query_dim=8, heads=2, dim_head=4)
+        >>> parity = check_parity(block, {"hidden_states": torch.randn(1, 5, 8)})
+        >>> parity.passed, parity.calls
+        (True, 1)
+    """
+    _refuse_split(pipe_or_model)
+    arguments = arguments_of(pipe_or_model, inputs, prompts, steps)
+    with kept(pipe_or_model):
+        _be_quiet(pipe_or_model)
+        found, report = _by_layer(pipe_or_model, arguments, kernel, layers, seed, on_progress)
+        pictures: Pictures | None = None
+        if any(layer.raised for layer in found):
+            drawn = Drawn((), None, "the whole is not compared, since the kernel did not serve")
+        else:
+            drawn, report, pictures = draw(
+                pipe_or_model,
+                arguments,
+                kernel=kernel,
+                layers=layers,
+                seed=seed,
+                on_step=on_progress,
+            )
+    return Parity(
+        type(pipe_or_model).__name__,
+        kernel if isinstance(kernel, str) else str(getattr(kernel, "__name__", kernel)),
+        found,
+        drawn,
+        report,
+        words_of({**arguments, "seed": seed}),
+        _machine(pipe_or_model),
+        pictures,
+    )
+
+
+def _by_layer(
+    pipe_or_model: Any,
+    arguments: Mapping[str, Any],
+    kernel: KernelChoice,
+    layers: Any,
+    seed: int,
+    on_progress: Callable[[str], None],
+) -> tuple[tuple[Layer, ...], Any]:
+    """Compare every attention call of one run on the default; and what the layers counted."""
+    disable_fa3(pipe_or_model)
+    enable_fa3(pipe_or_model, kernel=kernel, fallback="silent", layers=layers)
+    observer = Observer(lambda: on_progress("layer by layer"))
+    try:
+        with must_run(), observed(modules_of(pipe_or_model), observer):
+            run(pipe_or_model, arguments, seed, lambda: None)
+        report = coverage(pipe_or_model)
+    finally:
+        disable_fa3(pipe_or_model)
+    rows = [row for row in report.rows if row.kernel != "default" or row.unswitchable]
+    found = tuple(
+        Layer(
+            row.name,
+            row.processor,
+            tuple(call for call in observer.calls if call.layer == row.name),
+            tuple(raised for raised in observer.raised if raised.layer == row.name),
+            row.fallbacks,
+            row.unswitchable,
+        )
+        for row in rows
+    )
+    return found, report
+
+
+def _refuse_split(pipe_or_model: Any) -> None:
+    split = (getattr(m, "_parallel_config", None) for m in modules_of(pipe_or_model))
+    if any(config is not None for config in split):
+        raise InputError(
+            "a check runs on one GPU; got a model that is split over ranks. Check it before "
+            "enable_parallelism"
+        )
+
+
+def _be_quiet(pipe_or_model: Any) -> None:
+    if hasattr(pipe_or_model, "set_progress_bar_config"):
+        pipe_or_model.set_progress_bar_config(disable=True)
+
+
+def _machine(pipe_or_model: Any) -> dict[str, str]:
+    """What is needed to repeat the check."""
+    modules = [c for c in components_of(pipe_or_model).values() if isinstance(c, nn.Module)]
+    weights = [weight for module in modules for weight in module.parameters()]
+    device = device_of(pipe_or_model)
+    kinds = dict.fromkeys(str(weight.dtype).removeprefix("torch.") for weight in weights)
+    usable = [row for row in available_kernels(device.type) if row.accepted]
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
+        "dtype": ", ".join(kinds),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "diffusers": diffusers.__version__,
+        "kernels": ", ".join(f"{row.name} {row.version}" for row in usable),
+    }

@@ -1,0 +1,159 @@
+"""Switched layers whose attention calls are compared as they run, and that go on as the default.
+
+A switched processor runs in a `Frame`, which tries a kernel for each attention call. Here the frame
+is one that also runs the default attention on the same tensors, compares both with float64, and
+returns the default's output. So each call has the very inputs that it has in a run on the default.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_fa3.attention import default_attention
+from diffusers_fa3.layers import FA3AttnProcessor, Frame, LayerRecord, begin, record_of
+from diffusers_fa3.masks import Axes2D, as_4d, is_in_factors
+from diffusers_fa3.tools.check.budget import measure
+from diffusers_fa3.tools.check.parity import Call, Raised
+
+
+@dataclass
+class Observer:
+    """What the observed layers did so far."""
+
+    on_call: Callable[[], None]
+    """Called after each comparison."""
+    calls: list[Call] = field(default_factory=list)
+    raised: list[Raised] = field(default_factory=list)
+    runs: Counter[str] = field(default_factory=Counter)
+    """Calls of each layer."""
+
+    def add(self, call: Call) -> None:
+        """Keep a comparison."""
+        self.calls.append(call)
+        self.runs[call.layer] += 1
+        self.on_call()
+
+
+class ObservedFrame(Frame):
+    """One run of an observed layer's processor."""
+
+    __slots__ = ("observer",)
+
+    def __init__(
+        self,
+        record: LayerRecord,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observer: Observer,
+    ) -> None:
+        super().__init__(record, args, kwargs)
+        self.observer = observer
+
+    def try_kernel(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float | None,
+        causal: bool,
+        axes_2d: Axes2D,
+        told: bool,
+        parallel_config: Any = None,
+        reason: str = "",
+    ) -> Tensor | None:
+        """The default's output of a call that a kernel serves, too; None for any other call."""
+        record, served = self.record, self.record.calls.copy()
+        try:
+            ours = super().try_kernel(
+                q,
+                k,
+                v,
+                mask,
+                scale=scale,
+                causal=causal,
+                axes_2d=axes_2d,
+                told=told,
+                parallel_config=parallel_config,
+                reason=reason,
+            )
+        except Exception as error:  # a kernel may raise any; the check tells
+            words = f"raised {type(error).__name__}: {error}"
+            self.observer.raised.append(Raised(record.name, _words(record.settings.kernel), words))
+            return None
+        if ours is None:
+            return None
+        ((kernel, route),) = (record.calls - served).keys()
+        if mask is not None:
+            sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+            mask = as_4d(mask.clone() if is_in_factors(mask) else mask, sizes, axes_2d)
+        default = default_attention(q, k, v, mask, scale, causal)
+        self.observer.add(
+            Call(
+                record.name,
+                self.observer.runs[record.name],
+                kernel,
+                route,
+                str(q.dtype).removeprefix("torch."),
+                tuple(q.shape),
+                k.shape[1],
+                "" if mask is None else f"{mask.dtype} {tuple(mask.shape)}".removeprefix("torch."),
+                measure(q, k, v, mask, scale, causal, default, ours),
+            )
+        )
+        return default
+
+
+def _words(kernel: Any) -> str:
+    return kernel if isinstance(kernel, str) else str(getattr(kernel, "__name__", kernel))
+
+
+@contextmanager
+def observed(modules: Iterable[nn.Module], observer: Observer) -> Iterator[None]:
+    """Have the switched layers among `modules` observed, on this thread and not compiled."""
+    classes: dict[type, type] = {}
+    before: list[tuple[Any, Any]] = []
+    for module in modules:
+        layer: Any = module
+        processor = getattr(layer, "processor", None)
+        if record_of(processor) is not None:
+            before.append((layer, processor))
+    try:
+        for layer, processor in before:
+            wrapped = type(processor)
+            if wrapped not in classes:
+                classes[wrapped] = _observed_class(wrapped, observer)
+            made: Any = object.__new__(classes[wrapped])
+            object.__setattr__(made, "__dict__", processor.__dict__)
+            object.__setattr__(made, "_fa3", record_of(processor))
+            layer.processor = made
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for layer, processor in before:
+            layer.processor = processor
+
+
+def _observed_class(wrapped: type, observer: Observer) -> type:
+    """A class of switched processors, with observed frames."""
+    behind = wrapped.__mro__[wrapped.__mro__.index(FA3AttnProcessor) + 1 :]
+    own_call = next(vars(base)["__call__"] for base in behind if "__call__" in vars(base))
+
+    @functools.wraps(cast(Any, wrapped).__call__)
+    def __call__(self: FA3AttnProcessor, *args: Any, **kwargs: Any) -> Any:
+        record = self._fa3
+        begin(record, args)
+        with ObservedFrame(record, args, kwargs, observer):
+            return own_call(self, *args, **kwargs)
+
+    members = {"__slots__": (), "__call__": __call__, "__module__": wrapped.__module__}
+    return type(wrapped)(wrapped.__name__, (wrapped,), members)
