@@ -30,13 +30,13 @@ if TYPE_CHECKING:
         unregister,
     )
     from diffusers_fa3.parallel import cp_plan
-    from diffusers_fa3.tools.check import check_parity
+    from diffusers_fa3.tools.check.check import check_parity
 
 __version__ = "0.1.0"
 
 _TOUCHES_DIFFUSERS = {
     "FA3AttnProcessor": "layers",
-    "check_parity": "tools.check",
+    "check_parity": "tools.check.check",
     "coverage": "layers",
     "cp_plan": "parallel",
     "disable_fa3": "layers",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from diffusers_fa3 import KernelUnavailableError, MaskError, attention, plan_packing
 from diffusers_fa3.masks import rows
 from diffusers_fa3.masks.meaning import Opaque, Sequences
-from diffusers_fa3.masks.plan_cache import _same
+from diffusers_fa3.masks.plan_cache import _alike
 from diffusers_fa3.masks.read import read_mask
 
 H, D = 2, 8
@@ -212,4 +212,4 @@ def test_a_mask_may_lie_anyhow_in_memory(pattern: str, view: str) -> None:
     mask = VIEWS[view]()
     mask.copy_(seen)
     sizes = {"batch": 2, "q_len": 64, "k_len": 64}
-    assert _same(plan_packing(mask, **sizes), plan_packing(mask.contiguous(), **sizes))
+    assert _alike(plan_packing(mask, **sizes), plan_packing(mask.contiguous(), **sizes))

@@ -18,6 +18,8 @@ TRIED = ("0.36.0", "0.42.1")
 REQUIRED = (
     # calls.py and rebind.py: the function that processors call
     ("models.attention_dispatch", "dispatch_attention_fn"),
+    # record.py: whether warnings are wanted
+    ("utils.logging", "get_verbosity"),
     # dispatcher.py: the methods that `register` patches, and the process-wide backend registry
     ("models.attention", "AttentionModuleMixin.set_processor"),
     ("models.attention_dispatch", "AttentionBackendName.NATIVE"),

@@ -14,7 +14,7 @@ from logging import WARNING
 from typing import Any, Literal, cast, get_args
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils.logging import get_verbosity
 
 from diffusers_fa3.errors import FA3Error, FallbackWarning, InputError, KernelUnavailableError
 from diffusers_fa3.kernels import KernelChoice, check_choice, note_declined
@@ -41,7 +41,7 @@ def _naming(variable: str) -> Iterator[None]:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def warnings_are_wanted() -> bool:
     """Whether diffusers' verbosity lets warnings through: `diffusers.utils.logging`."""
-    return logging.get_verbosity() <= WARNING
+    return get_verbosity() <= WARNING
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def _launch(kernel: Kernel, step: str, device: str) -> float:
     dtype = next(d for d in (torch.bfloat16, torch.float16, torch.float32) if d in dtypes)
     shape = (3, len(LENGTHS), max(LENGTHS), HEADS, HEAD_DIM)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
+    q, k, v = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
     options = Options(HEAD_DIM**-0.5)
     used = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     valid = torch.arange(max(LENGTHS), device=device) < used[:, None]
