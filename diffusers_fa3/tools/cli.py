@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from diffusers_fa3.errors import FA3Error
 from diffusers_fa3.tools.bench import command as bench
+from diffusers_fa3.tools.card import command as card
 from diffusers_fa3.tools.check import command as check
 from diffusers_fa3.tools.info import command as info
 
@@ -34,6 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("diffusers-fa3")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for each in (info, check, bench):
+    for each in (info, check, card, bench):
         each.add_command(commands)
     return parser
