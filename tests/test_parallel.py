@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,8 +15,12 @@ import torch.distributed as dist
 from ranks import degrees, results
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_fa3.attention import Declined, default_attention
+from diffusers_fa3.kernels.contract import Provider
+from diffusers_fa3.kernels.installed import kernel_named
+from diffusers_fa3.kernels.selection import Selector
 from diffusers_fa3.parallel import Memory, attend, attend_split, exchange
 from diffusers_fa3.parallel.decide import axes_of
 from diffusers_fa3.parallel.exchange import Axes, sent
@@ -201,6 +206,14 @@ def odd_errors(rank: int, modes: tuple[str, ...]) -> dict[tuple[str, str], float
             check(mode, "fewer heads than ranks", (n, n, 1, 1))
             check(mode, "groups that do not divide", (n + 1, n + 1, 10, 5))
             check(mode, "ranks without queries", (world - 1, n, 2, 2))
+        first = (random(BATCH, 5, n, 8, seed=3), random(BATCH, 5, n, 8, seed=4))
+        q, k, v = (random(BATCH, n, heads, 8, seed=i) for i, heads in enumerate((2 * n, n, n)))
+        axes = axes_for(mode)
+        own = [torch.cat([x, part(y, axes)], 1) for x, y in zip(first, (k, v))]
+        out = split(axes, part(q, axes), *own, None, first=5)
+        whole = [torch.cat([x, y], 1) for x, y in zip(first, (k, v))]
+        expected = part(default_attention(q, *whole, None, None, False), axes)
+        found[mode, "first keys that every rank has"] = (out - expected).abs().max().item()
     axes = axes_for(modes[0])
     q = part(random(BATCH, 4 * world, 4 * world, 8), axes)
     k, v = (random(BATCH, 5, 4 * world, 8, seed=i) for i in (1, 2))
@@ -241,11 +254,24 @@ def test_what_no_kernel_takes_is_served_on_the_whole_tensors() -> None:
             assert ("differs between heads" if "heads" in case else "a bias") in reason
 
 
-def gradients(rank: int, modes: tuple[str, ...]) -> dict[tuple[str, str], float]:
-    """The relative errors of the gradients of q, k and v of this rank's tokens."""
+def gradients(
+    rank: int, modes: tuple[str, ...], backward: bool = True
+) -> dict[tuple[str, str], float]:
+    """The relative errors of the gradients of q, k and v of this rank's tokens.
+
+    Without `backward`, no kernel has one, as on a GPU where only raw ops are installed.
+    """
     found = {}
-    for mode, (name, mask) in itertools.product(modes, (("none", None), *layouts(2))):
-        heads, k_heads = (1, 1) if name == "left" and "A" in mode else (4, 2)
+    reasons: list[str] | None = None if backward else []
+    if not backward:
+        limits = replace(kernel_named("reference").limits, backward=False)
+        without = replace(kernel_named("reference"), limits=limits)
+        only = Selector([Provider("without", lambda: without, "", cuda=False)])
+        mock.patch("diffusers_fa3.attention.select", only.select).start()
+    for mode, (name, mask) in itertools.product(
+        modes, (("none", None), *layouts(dist.get_world_size()))
+    ):
+        heads, k_heads = (1, 1) if name == "left" and "A" in mode else (8, 4)
         whole = [
             random(BATCH, LENGTH, n, HEAD_DIM, seed=i)
             for i, n in enumerate((heads, k_heads, k_heads))
@@ -256,16 +282,28 @@ def gradients(rank: int, modes: tuple[str, ...]) -> dict[tuple[str, str], float]
         out = default_attention(*inputs, mask, None, False)
         expected = [part(g, axes) for g in torch.autograd.grad((out * weights).sum(), inputs)]
         own = [part(x, axes).clone().requires_grad_() for x in whole]
-        out = split(axes, *own, None if mask is None else part(mask, axes, -1))
+        own_mask = None if mask is None else part(mask, axes, -1)
+        out = split(axes, *own, own_mask, reasons, kernel="auto")
         got = torch.autograd.grad((out * part(weights, axes)).sum(), own)
+        if reasons is not None:
+            (reason,) = reasons
+            assert "with backward" in reason, reason
+            reasons.clear()
         found[mode, name] = max(
             ((a - b).norm() / b.norm().clamp_min(1e-6)).item() for a, b in zip(got, expected)
         )
     return found
 
 
-def test_gradients_are_those_of_one_process() -> None:
-    for found in results("test_parallel:gradients", 2, WORLDS[2]):
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_are_those_of_one_process(world: int) -> None:
+    for found in results("test_parallel:gradients", world, WORLDS[world]):
+        for case, error in found.items():
+            assert error < 1e-5, case
+
+
+def test_gradients_without_a_backward_are_those_of_the_default() -> None:
+    for found in results("test_parallel:gradients", 2, ("U2", "R2"), False):
         for case, error in found.items():
             assert error < 1e-5, case
 
@@ -321,3 +359,44 @@ def test_a_call_sends_what_theory_says(world: int) -> None:
             assert found[mode]["collectives"] == 2 * (u > 1) + (r > 1), mode
             mask = {"collectives": 1, "bytes": (world - 1) * BATCH * LENGTH // world}
             assert found[f"{mode} mask"] == mask, mode
+
+
+COPIES = {"cat", "clone", "copy_", "index", "index_select", "repeat", "_to_copy"}
+
+
+class Copies(TorchDispatchMode):
+    """The operations that copy, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.made += [name] if name in COPIES else []
+        return func(*args, **kwargs or {})
+
+
+def takes_out(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor | None = None
+) -> Tensor:
+    """A kernel that can write into `out`, as Hopper's do."""
+    result = default_attention(q, k, v, None, softmax_scale, False)
+    return result if out is None else torch.add(result, 0, out=out)
+
+
+def copies(rank: int, modes: tuple[str, ...]) -> dict[str, list[str]]:
+    found = {}
+    for mode in modes:
+        axes = axes_for(mode)
+        q, k, v = (part(random(BATCH, LENGTH, HEADS, HEAD_DIM, seed=i), axes) for i in range(3))
+        with Copies() as counted:
+            split(axes, q, k, v, None, kernel=takes_out)
+        found[mode] = counted.made
+    return found
+
+
+def test_a_call_copies_what_the_exchange_needs_alone() -> None:
+    """Into the layout that is sent, and back into (B, S, H, D); the kernel's result needs none."""
+    for found in results("test_parallel:copies", 2, ("U2", "R2")):
+        assert found == {"U2": ["cat", "clone"], "R2": ["cat"]}

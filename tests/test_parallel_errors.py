@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from ranks import known, results, run, split
+from test_parallel_models import output
 from tiny import CONFIG
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
@@ -109,6 +111,16 @@ def refusals() -> dict[str, tuple[Callable[[], object], str]]:
             start = str(error).index("context parallelism")
             raise ParallelError(str(error)[start:]) from error
 
+    def amplified() -> object:
+        import split_video
+
+        case = next(case for case in split_video.CASES if case.name == "helios_plain")
+        plan = cp_plan(case.build())  # somebody's own, for a model that ours refuses
+        case = replace(case, config={**case.config, "is_amplify_history": True})
+        model = case.build()
+        enable_fa3(model, kernel="reference", fallback="silent")
+        return output(case, split(model, plan, ulysses_degree=2), "none")
+
     def mask_on_one_rank() -> object:
         mask = torch.ones(1, 4, dtype=torch.bool) if dist.get_rank() == 0 else None
         model = ready(flux(), ulysses_degree=2, ulysses_anything=True)
@@ -153,6 +165,8 @@ def refusals() -> dict[str, tuple[Callable[[], object], str]]:
         ),
         "forward-mode derivatives": (transform, "forward-mode derivatives"),
     }
+    if "helios" in ZOO:
+        found["Helios with amplified history"] = (amplified, "with is_amplify_history")
     if known(("UA2",)):
         found["a mask on one rank"] = (mask_on_one_rank, "a mask on some ranks alone")
     return found

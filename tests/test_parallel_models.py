@@ -6,9 +6,11 @@ import copy
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -19,7 +21,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from ranks import degrees, known, results, split
 from torch import Tensor, nn
 from zoo import CASES, Case, Layout
-from zoo.case import TEXT, cast
+from zoo.case import BATCH, TEXT, cast, prompt, randn
 
 from diffusers_fa3 import (
     FA3AttnProcessor,
@@ -34,6 +36,7 @@ from diffusers_fa3 import (
     unregister,
 )
 from diffusers_fa3.layers import frame
+from diffusers_fa3.masks.read import _Facts
 from diffusers_fa3.parallel.exchange import sent
 from diffusers_fa3.parallel.plans import PLANS
 
@@ -88,8 +91,37 @@ def stay_local(*_: object) -> None:
     """In the place of `split_of`: each rank would see its own tokens only."""
 
 
-Found = tuple[float, int, int, dict[str, int], dict[str, int]]
-"""Error; plans made, and on one process; what was sent; calls left to the default, by reason."""
+IN_FACTORS = re.compile("chroma|bria_fibo|hunyuan_video15")
+"""Cases whose masks are kept in two factors, which travel in two messages."""
+
+
+class Found(NamedTuple):
+    """What a case gave in one mode and layout, against the default attention on one process."""
+
+    error: float
+    """In parts of the largest value, if that is above 1."""
+    reads: int = 0
+    """Reads of masks, as `reads_of_one` are on one process."""
+    reads_of_one: int = 0
+    plans: int = 0
+    plans_of_one: int = 0
+    sent: Mapping[str, int] | None = None
+    reasons: tuple[str, ...] = ()
+    """Of calls left to the default."""
+
+
+@contextmanager
+def counted_reads() -> Iterator[Counter[str]]:
+    """Count how often a mask is read from its device."""
+    reads: Counter[str] = Counter()
+    read = _Facts.read
+
+    def counting(**facts: Any) -> Any:
+        reads["mask"] += 1
+        return read(**facts)
+
+    with mock.patch.object(_Facts, "read", counting):
+        yield reads
 
 
 def parity(
@@ -100,45 +132,53 @@ def parity(
     cases, _ = families()[family]
     found: dict[tuple[str, str, str], Found | str] = {}
     for case in cases:
-        single = case.build()
-        enable_fa3(single, kernel="reference", fallback="silent")
+        default, single = case.build(), case.build()
         for layout in case.layouts[::cut]:
+            expected = output(case, default, layout)
             enable_fa3(single, kernel="reference", fallback="silent")
-            expected = output(case, single, layout)
-            once = coverage(single).plans_made
+            with counted_reads() as once:
+                output(case, single, layout)
             for mode in modes:
                 fallback = "silent" if case.refusal else "error"
                 try:
                     model = split(case.build(), plan_of(case), **degrees(mode))
                     enable_fa3(model, kernel="reference", fallback=fallback)
                     sent.clear()
-                    got = output(case, model, layout, part=True)
+                    with counted_reads() as reads:
+                        got = output(case, model, layout, part=True)
                 except Exception as error:  # told with the case's name, and judged there
                     found[case.name, mode, layout] = f"{type(error).__name__}: {error}"
                     continue
                 report = coverage(model)
-                reasons = {r: n for row in report.rows for r, n in row.fallbacks.items()}
-                error = (got - expected).abs().max().item()
-                found[case.name, mode, layout] = (
-                    error / max(1.0, expected.abs().max().item()),
+                found[case.name, mode, layout] = Found(
+                    relative(got, expected),
+                    reads["mask"],
+                    once["mask"],
                     report.plans_made,
-                    once,
+                    coverage(single).plans_made,
                     dict(sent),
-                    reasons,
+                    tuple(reason for row in report.rows for reason in row.fallbacks),
                 )
         if isinstance(found[case.name, modes[-1], layout], str):
             continue
         model = split(case.build(), plan_of(case), **degrees(modes[-1]))
         enable_fa3(model, kernel="reference", fallback="silent")
-        expected = output(case, single, layout)
         try:
             with mock.patch.object(frame, "split_of", stay_local):
-                got = output(case, model, layout, part=True)
-            error = (got - expected).abs().max().item()
+                error = relative(output(case, model, layout, part=True), expected)
         except RuntimeError:  # a mask of all tokens, on the tokens of one rank
             error = float("inf")
-        found[case.name, "local", ""] = (error, 0, 0, {}, {})
+        found[case.name, "local", ""] = Found(error)
     return found
+
+
+def sent_by(found: Found, what: str) -> int:
+    return (found.sent or {}).get(what, 0)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, in parts of the largest value if that is above 1."""
+    return (got - expected).abs().max().item() / max(1.0, expected.abs().max().item())
 
 
 def plan_of(case: Case) -> Any:
@@ -158,17 +198,17 @@ def check(family: str, world: int, modes: tuple[str, ...], cut: int = 1) -> None
                 if words is None or not re.search(words, found):
                     wrong.append(where)
                 continue
-            error, made, once, traffic, reasons = found
             if mode == "local":
                 # The counterpart: a model whose attention stays local must not pass.
-                wrong += [where] if error < 1e-5 else []
+                wrong += [where] if found.error < 1e-5 else []
                 continue
-            # Rounding: one model's outputs reach 5, and errors are relative to that.
-            fine = error < 2e-6 and traffic.get("tokens", 0) > 0
-            # Each mask is put together once, in two messages if it is kept in two factors.
-            fine = fine and made <= once and traffic.get("mask", 0) <= 2 * once
+            fine = found.error < 1e-6 and sent_by(found, "tokens") > 0
+            # Masks are put together, read and planned as often as on one process plans them.
+            messages = 2 if IN_FACTORS.match(case) else 1
+            fine = fine and sent_by(found, "mask") <= messages * found.plans_of_one
+            fine = fine and found.reads <= found.reads_of_one and found.plans <= found.plans_of_one
             allowed = ZOO[case].refusal if case in ZOO else None
-            fine = fine and all(allowed and re.search(allowed.reason, r) for r in reasons)
+            fine = fine and all(allowed and re.search(allowed.reason, r) for r in found.reasons)
             wrong += [] if fine else [where]
     assert not wrong, "\n".join(wrong)
 
@@ -193,34 +233,91 @@ def test_split_models_are_as_on_one_process_on_four_ranks(family: str) -> None:
     check(family, 4, ("R4", "U2R2"), cut=3)
 
 
+def odd_sizes(rank: int, modes: tuple[str, ...], words: int) -> dict[tuple[str, str], float]:
+    """Errors of Qwen-Image with so many words, beside 24 tokens of an image."""
+    case = ZOO["qwenimage"]
+    found = {}
+    for layout in ("none", "ragged", "gap"):
+        text, mask = prompt(layout, 16, 0.0, length=words)
+        inputs = case.inputs(layout, 0.0) | {
+            "hidden_states": randn(BATCH, 24, 16),
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [(1, 4, 6)] * BATCH,
+        }
+        with torch.no_grad():
+            expected = case.build()(**inputs, return_dict=False)[0]
+            for mode in modes:
+                model = split(case.build(), None, **degrees(mode))
+                enable_fa3(model, kernel="reference", fallback="error")
+                got = model(**inputs, return_dict=False)[0]
+                found[mode, layout] = relative(got, expected)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "modes", "words"),
+    [(2, ("UA2", "RA2"), 13), (3, ("UA3", "RA3"), 13), (3, ("R3",), 12)],
+)
+def test_words_that_do_not_divide_and_three_ranks(
+    world: int, modes: tuple[str, ...], words: int
+) -> None:
+    """Two heads on three ranks, too: one of them has none."""
+    if "qwenimage" not in ZOO or not known(modes):
+        pytest.skip("this diffusers lacks Qwen-Image's masks, or `*_anything`")
+    for found in results("test_parallel_models:odd_sizes", world, modes, words):
+        assert len(found) == len(modes) * 3
+        for case, error in found.items():
+            assert error < 1e-6, case
+
+
 def gradients(rank: int, family: str, modes: tuple[str, ...]) -> dict[tuple[str, str], float | str]:
-    """The worst error of a parameter's gradient, summed over ranks, in float64."""
+    """The worst error of a gradient of parameters and tokens, summed over ranks, in float64."""
     found: dict[tuple[str, str], float | str] = {}
     cases, refused = families()[family]
     for case in (case for case in cases if case.name not in refused):
         layout = case.layouts[-1]
         whole = case.build(torch.float64)
         inputs = cast(case.inputs(layout, 0.0), torch.float64)
-        case.pick(whole(**inputs, return_dict=False)).square().sum().backward()
+        wanted = with_gradients(inputs)
+        case.pick(whole(**wanted, return_dict=False)).square().sum().backward()
         for mode in modes:
             model = case.build(torch.float64)
             try:
                 split(model, plan_of(case), **degrees(mode))
                 enable_fa3(model, kernel="reference", fallback="silent")
-                out = case.pick(model(**own_part(inputs), return_dict=False))
+                given = with_gradients(inputs)
+                out = case.pick(model(**own_part(given), return_dict=False))
             except (ParallelError, UnsupportedModelError) as error:
                 found[case.name, mode] = str(error)
                 continue
             out.square().sum().backward()
-            found[case.name, mode] = parameter_error(model, whole)
+            pairs = [*zip(model.parameters(), whole.parameters())]
+            pairs += [(given[name], wanted[name]) for name in given if is_learned(given[name])]
+            found[case.name, mode] = gradient_error(pairs)
     return found
 
 
-def parameter_error(model: nn.Module, whole: nn.Module) -> float:
-    """The worst error of a parameter's gradient, summed over ranks, in parts of the largest."""
+def with_gradients(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same, with tokens whose gradients are asked for."""
+    names = ("hidden_states", "encoder_hidden_states")
+    learned = {
+        name: inputs[name].clone().requires_grad_()
+        for name in names
+        if isinstance(inputs.get(name), Tensor) and inputs[name].is_floating_point()
+    }
+    return inputs | learned
+
+
+def is_learned(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def gradient_error(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """The worst error of a gradient, summed over ranks, in parts of the largest of all."""
     worst = 0.0
-    largest = max(float(p.grad.abs().max()) for p in whole.parameters() if p.grad is not None)
-    for ours, theirs in zip(model.parameters(), whole.parameters()):
+    largest = max(float(theirs.grad.abs().max()) for _, theirs in pairs if theirs.grad is not None)
+    for ours, theirs in pairs:
         if theirs.grad is None:
             continue
         total = torch.zeros_like(theirs) if ours.grad is None else ours.grad.clone()
@@ -234,7 +331,8 @@ def parameter_error(model: nn.Module, whole: nn.Module) -> float:
 def test_gradients_summed_over_ranks_are_those_of_one_process(family: str) -> None:
     cases = {case.name: case for case in families()[family][0]}
     wrong = set()
-    for found in results("test_parallel_models:gradients", 2, family, ("U2", "R2")):
+    modes = known(("U2", "R2", "UA2", "RA2") if family == "own" else ("U2", "R2"))
+    for found in results("test_parallel_models:gradients", 2, family, modes):
         for (case, mode), error in found.items():
             plan = PLANS.get(cases[case].model.__name__)
             if isinstance(error, str):
@@ -243,6 +341,16 @@ def test_gradients_summed_over_ranks_are_those_of_one_process(family: str) -> No
                 fine = error < 1e-7  # some norms compute in float32
             wrong |= set() if fine else {f"{case} {mode}: {error}"}
     assert not wrong, "\n".join(sorted(wrong))
+
+
+@pytest.mark.slow
+def test_gradients_of_both_ways_together_are_those_of_one_process() -> None:
+    modes = known(("U2R2", "R4"))
+    for found in results("test_parallel_models:gradients", 4, "own", modes):
+        assert len(found) == len(OWN) * len(modes)
+        for case, error in found.items():
+            assert isinstance(error, float), (case, error)
+            assert error < 1e-7, (case, error)
 
 
 def by_hand(model: nn.Module) -> None:

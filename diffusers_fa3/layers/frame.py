@@ -82,10 +82,11 @@ class Frame:
             # A graph would be compiled anew for each forward, if it knew of them.
             forward = None if torch.compiler.is_compiling() else running.plans.forward
             split = split_of(home, layer, record.processor, parallel_config, told, forward)
-            if split is not None:
-                unlearned = "" if split.trains or not needs_grad(q, k, v) else "gradients"
+            first = 0 if split is None else sum(self._lengths_of((split.whole_first,)) or ())
+            if split is not None and not (first and first == k.shape[1]):
+                unlearned = not split.trains and needs_grad(q, k, v)
                 _refuse_if(reason, causal, unlearned)
-                return self._try_split(q, k, v, mask, split, scale, axes_2d)
+                return self._try_split(q, k, v, mask, split, first, scale, axes_2d)
         if reason:
             self.decline(reason)
             return None
@@ -121,6 +122,7 @@ class Frame:
         v: Tensor,
         mask: Tensor | None,
         split: Split,
+        first: int,
         scale: float | None,
         axes_2d: Axes2D,
     ) -> Tensor:
@@ -139,6 +141,7 @@ class Frame:
             pack_queries=record.pack_queries,
             switch_id=record.settings.switch_id,
             segments=self._lengths_of(split.order),
+            first=first,
             memory=Memory(self._find_whole, self._find_plan_of_whole),
             decline=lambda answer: record.decline(answer.reason, answer.error),
         )
@@ -148,10 +151,12 @@ class Frame:
 
     def _lengths_of(self, order: tuple[str, ...]) -> list[int] | None:
         """The lengths of the processor's arguments of these names; None if it lacks one of them."""
-        named = arguments_of(self.record.processor, self.args, self.kwargs) if order else {}
+        if not any(order):
+            return []
+        named = arguments_of(self.record.processor, self.args, self.kwargs)
         if any(named.get(name) is None for name in order):
             return None
-        return [named[name].shape[1] for name in order]
+        return [named[name].shape[-2] for name in order]
 
     def decline(self, reason: str) -> None:
         """Count a call that goes to the default attention without asking for a kernel."""
@@ -195,7 +200,7 @@ class Frame:
         return given.masks, (*made_by, *given.rest), given.settles(mask)
 
 
-def _refuse_if(reason: str, causal: bool, unlearned: str) -> None:
+def _refuse_if(reason: str, causal: bool, unlearned: bool) -> None:
     """Raise if a call over split tokens has something that ranks cannot share."""
     if unlearned:
         raise ParallelError(

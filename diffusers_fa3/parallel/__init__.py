@@ -10,7 +10,8 @@ models; `model_plan` says what is in a plan.
 from __future__ import annotations
 
 from diffusers_fa3.parallel.attend import Memory, attend_split
-from diffusers_fa3.parallel.decide import APPLIED, Split, distributed, split_of
+from diffusers_fa3.parallel.decide import APPLIED, Split, split_of
+from diffusers_fa3.parallel.exchange import distributed
 from diffusers_fa3.parallel.home import Home
 from diffusers_fa3.parallel.plans import cp_plan
 

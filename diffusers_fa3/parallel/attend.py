@@ -59,7 +59,8 @@ def attend_split(
     axes_2d: Axes2D,
     pack_queries: bool,
     switch_id: int,
-    segments: Sequence[int] | None,
+    segments: Sequence[int] | None = (),
+    first: int = 0,
     memory: Memory,
     decline: Callable[[Declined], None],
 ) -> tuple[Tensor, Served | None]:
@@ -67,33 +68,31 @@ def attend_split(
 
     Arguments are those of `attend`, for this rank's tokens, and: how they are split (`axes`); what
     the sequence is made of (`segments`, see `whole_mask`; empty if no plan knows, None if only an
-    earlier layer could tell); what was found for an earlier layer (`memory`); what to do where no
-    kernel takes the call (`decline`), before PyTorch's attention serves it on the whole tensors.
+    earlier layer could tell); how many keys, the first, every rank has (`first`); what was found
+    for an earlier layer (`memory`); what to do where no kernel takes the call (`decline`), before
+    PyTorch's attention serves it on the whole tensors.
 
     Returns:
         The result, and how a kernel served; None if PyTorch's attention did.
 
     Raises:
-        ParallelError, InputError: a call that cannot be split exactly, before anything is sent.
+        ParallelError, InputError: a call that cannot be split exactly, before anything is sent that
+            another rank would wait for.
     """
-    if not torch.compiler.is_compiling() and in_functional() and is_functional(q, k, v):
-        raise ParallelError(
-            "context parallelism: forward-mode derivatives and transforms of torch.func do not go "
-            "through the exchange between ranks; run this model on one"
-        )
-    if axes.uneven and torch.compiler.is_compiling():
-        raise ParallelError(
-            "context parallelism: ulysses_anything and ring_anything under torch.compile, where "
-            "sizes that ranks tell each other cannot be; use ulysses_degree or ring_degree alone"
-        )
+    _refuse(q, k, v, mask, axes, first)
     q, k, v = under_autocast(q, k, v)
-    sizes = check_inputs(q, k, v, None, False)
+    check_inputs(q, k, v, None, False)
     k, v = _enough_heads(q, k, v, axes)
+    k_first, v_first = k, v
+    if first:
+        (k_first, k), (v_first, v) = ((x[:, :first], x[:, first:]) for x in (k, v))
 
     # The sequence on all ranks, and the mask of all its keys.
+    (batch, q_len, heads, _), (_, k_len, units, _) = q.shape, k.shape
     length = 0 if mask is None else mask.shape[-1]
-    told = (*sizes[2:], length, *(segments or ()))
-    q_tokens, k_tokens, lengths, *parts = sizes_of_all(told, axes)
+    q_tokens, k_tokens, lengths, *parts = sizes_of_all(
+        (q_len, k_len, length, *(segments or ())), axes
+    )
     if len({n == 0 for n in lengths}) > 1:
         raise ParallelError(
             "context parallelism: a mask on some ranks alone; pass one on each, all True where "
@@ -102,7 +101,7 @@ def attend_split(
     whole = None
     if mask is not None:
         in_order = segments is None or bool(segments)
-        part = part_of(mask, sizes, axes_2d, lengths, k_tokens, in_order)
+        part = part_of(mask, (batch, heads, q_len, k_len), axes_2d, lengths, k_tokens, in_order)
         by_later_layers = (q_tokens, k_tokens, None)
 
         def gather() -> Tensor:
@@ -115,7 +114,6 @@ def attend_split(
         whole = memory.whole(mask, call, gather)
 
     # All tokens of some heads; all keys.
-    (batch, heads, _, _), units = sizes, k.shape[2]
     tokens = axes.row(q_tokens)
     if q_tokens == k_tokens and v.shape[-1] == k.shape[-1]:
         q, k, v = tokens_for_heads((q, k, v), axes, tokens, units)
@@ -124,12 +122,18 @@ def attend_split(
         k, v = _pair(k, v, lambda x: tokens_for_heads(x, axes, axes.row(k_tokens), units))
     by_group = _sums(k_tokens, axes.ulysses.size)
     k, v = _pair(k, v, lambda x: of_the_ring(x, axes, by_group))
+    if first:
+        k = torch.cat([_of_heads(k_first, 2, axes, units), k], 1)
+        v = torch.cat([_of_heads(v_first, 2, axes, units), v], 1)
     idle = q.shape[2] == 0
     if idle:  # a rank without heads decides as the others do, on a head of zeros
         q, k, v = (torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2) for x in (q, k, v))
 
     # The way of one process.
-    mine = _mask_of_heads(whole, axes, units, heads // units)
+    mine = whole
+    if whole is not None and whole.shape[1] > 1:
+        mine = _of_heads(whole, 1, axes, units)
+        mine = whole[:, :1] if idle else mine
 
     def find_plan(own: Tensor, call: PlanCall, make: Callable[[], Plan]) -> Plan:
         # Whether heads agree is told by all of them, not by those of this rank.
@@ -169,6 +173,25 @@ def attend_split(
     return result, None if isinstance(answer, Declined) else answer
 
 
+def _refuse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, axes: Axes, first: int) -> None:
+    """Raise for a call that cannot be split, by what is the same on all ranks."""
+    if not torch.compiler.is_compiling() and in_functional() and is_functional(q, k, v):
+        raise ParallelError(
+            "context parallelism: forward-mode derivatives and transforms of torch.func do not go "
+            "through the exchange between ranks; run this model on one"
+        )
+    if axes.uneven and torch.compiler.is_compiling():
+        raise ParallelError(
+            "context parallelism: ulysses_anything and ring_anything under torch.compile, where "
+            "sizes that ranks tell each other cannot be; use ulysses_degree or ring_degree alone"
+        )
+    if first and mask is not None:
+        raise ParallelError(
+            "context parallelism: a mask of keys some of which every rank has whole; call without "
+            "one, or run this model on one GPU"
+        )
+
+
 def _enough_heads(q: Tensor, k: Tensor, v: Tensor, axes: Axes) -> tuple[Tensor, Tensor]:
     """Keys and values with as many heads as ranks can share; a few grouped ones are repeated."""
     heads, k_heads, ranks = q.shape[2], k.shape[2], axes.ulysses.size
@@ -197,10 +220,9 @@ def _sums(sizes: Sequence[int], each: int) -> list[int]:
     return [sum(sizes[i : i + each]) for i in range(0, len(sizes), each)]
 
 
-def _mask_of_heads(whole: Tensor | None, axes: Axes, units: int, group: int) -> Tensor | None:
-    """The part of a mask that is for this rank's heads."""
-    if whole is None or whole.shape[1] == 1:
-        return whole
+def _of_heads(x: Tensor, axis: int, axes: Axes, units: int) -> Tensor:
+    """The part of a tensor of all heads that is for this rank's."""
+    group = x.shape[axis] // units
     shares = [n * group for n in share(units, axes.ulysses)]
     rank = axes.ulysses.rank
-    return whole.narrow(1, sum(shares[:rank]), shares[rank] or 1)
+    return x.narrow(axis, sum(shares[:rank]), shares[rank])

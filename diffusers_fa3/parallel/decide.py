@@ -5,11 +5,9 @@ A call that is over split tokens without anyone's word is refused: each rank wou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from diffusers_fa3.errors import ParallelError, UnsupportedModelError
 from diffusers_fa3.parallel.exchange import Axes, Group
@@ -17,17 +15,15 @@ from diffusers_fa3.parallel.home import Home, home_of, home_on_the_stack
 from diffusers_fa3.parallel.model_plan import ModelPlan
 from diffusers_fa3.parallel.plans import applied, matches
 
-# Asked in every call of a layer whose model is unknown.
-distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else lambda: False
-
 
 class Split(NamedTuple):
-    """A call over split tokens: over whom, and what the sequence is made of, if known."""
+    """A call over split tokens: over whom, and what the model's plan says of it."""
 
     axes: Axes
     order: tuple[str, ...] = ()
+    """This and the rest: see `ModelPlan`."""
+    whole_first: str = ""
     trains: bool = True
-    """Whether gradients of the whole model would be right."""
 
 
 def split_of(
@@ -64,9 +60,9 @@ def split_of(
     found = _decide_in_graph(number, name, own, parallel_config is not None, told)
     if found is None:
         return None
-    *groups, uneven, order, trains = found
+    *groups, uneven, order, whole_first, trains = found
     ulysses, ring, everyone = (Group(*group) for group in groups)
-    return Split(Axes(ulysses, ring, everyone, uneven), order, trains)
+    return Split(Axes(ulysses, ring, everyone, uneven), order, whole_first, trains)
 
 
 def _decide(
@@ -85,7 +81,7 @@ def _decide(
         if matches(plan.local, name):
             return None
         if matches(plan.split, name):
-            return Split(axes_of(of_model), plan.order, plan.trains)
+            return Split(axes_of(of_model), plan.order, plan.whole_first, plan.trains)
     if config is not None:
         return Split(axes_of(config))
     if of_model is None or (told and own):
@@ -111,7 +107,7 @@ def _decide_in_graph(
     if split is None:
         return None
     *groups, uneven = split.axes
-    return (*map(tuple, groups), uneven, split.order, split.trains)
+    return (*map(tuple, groups), uneven, *split[1:])
 
 
 def _plan_of(model: Any, forward: object) -> ModelPlan | None:
@@ -138,15 +134,10 @@ def axes_of(config: Any) -> Axes:
         return axes  # type: ignore[no-any-return]  # an attribute of our own
     uneven = getattr(config, "ulysses_anything", False) or getattr(config, "ring_anything", False)
     meshes = (config._ulysses_mesh, config._ring_mesh, config._flattened_mesh)
-    ulysses, ring, everyone = map(_group, meshes)
+    ulysses, ring, everyone = (Group.of(mesh.get_group()) for mesh in meshes)
     axes = Axes(ulysses, ring, everyone, bool(uneven))
     vars(config)["_fa3_axes"] = (config._flattened_mesh, axes)
     return axes
-
-
-def _group(mesh: Any) -> Group:
-    group = mesh.get_group()
-    return Group(group.group_name, dist.get_world_size(group), dist.get_rank(group))
 
 
 def _of_context(parallel_config: Any) -> Any:

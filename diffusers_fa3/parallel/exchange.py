@@ -11,7 +11,7 @@ they are the functional ones, which torch.compile can trace.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -38,6 +38,11 @@ class Group(NamedTuple):
     size: int
     rank: int
 
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Group:
+        """The record of a process group."""
+        return cls(group.group_name, dist.get_world_size(group), dist.get_rank(group))
+
 
 class Axes(NamedTuple):
     """How a sequence is split: over a ring of groups that trade tokens for heads."""
@@ -53,6 +58,9 @@ class Axes(NamedTuple):
         start = self.ring.rank * self.ulysses.size
         return sizes[start : start + self.ulysses.size]
 
+
+# Asked in every call of a layer whose model is unknown.
+distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else lambda: False
 
 # torch 2.13 has new names for these, and warns of the old ones.
 _gather_parts: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -31,6 +31,9 @@ class ModelPlan:
     in the order of one process. Only where a layer is given the mask of all tokens, not its part.
     A layer that lacks some of them, since it is given text and image as one, takes the order from
     an earlier layer of the forward that was given the same mask."""
+    whole_first: str = ""
+    """An argument of a processor, (S, ...) or (B, S, ...), that every rank has whole, where split
+    calls have its tokens as their first keys. A call that has no other keys is local."""
     trains: bool = True
     """Whether the gradients of parameters, summed over ranks, are those of one process. They are
     not where tokens are gathered in front of other layers: diffusers' gather passes no gradients

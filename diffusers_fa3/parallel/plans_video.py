@@ -144,6 +144,17 @@ def _motif_video(model: Any) -> CPPlan:
     }
 
 
+def _cosmos3(model: Any) -> CPPlan:
+    # The text stays whole, and its causal attention local. Of the rotary embeddings, two each for
+    # text and video, those of the text are named as outputs, which leaves an argument as it is.
+    rope = [split_output(0), split_output(0), split_input(0, 2), split_input(0, 2)]
+    return {
+        "layers.0": {"gen_seq": split_input(0, 2)},
+        "layers.*": {"rotary_emb": rope},
+        "norm_moe_gen": gather_output(0, 2),
+    }
+
+
 def _wan_animate(model: Any) -> CPPlan:
     # Face blocks need whole frames: behind a block that one follows, tokens are gathered.
     count, every = len(model.blocks), model.config.inject_face_latents_blocks
@@ -170,6 +181,9 @@ VIDEO: dict[str, ModelPlan] = {
         _joint({"transformer_blocks.*": {"image_rotary_emb": GIVEN_ROPE}}), split=_SELF
     ),
     "ConsisIDTransformer3DModel": ModelPlan(_consisid, split=_SELF, trains=False),
+    "Cosmos3OmniTransformer": ModelPlan(
+        _cosmos3, split=r"layers\.\d+\.self_attn", whole_first="und_seq", trains=False
+    ),
     "CosmosTransformer3DModel": ModelPlan(_cosmos, split=_SELF, local=_CROSS),
     "EasyAnimateTransformer3DModel": ModelPlan(_joint({"rope_embedding": ROPE}), split=_SELF),
     "HeliosTransformer3DModel": ModelPlan(_helios, split=_SELF, local=_CROSS, trains=False),
@@ -269,8 +283,6 @@ VIDEO_WHY_NOT: dict[str, str] = {
     "AnyFlowTransformer3DModel": "its rotary embeddings are a dictionary, which diffusers' hooks "
     "do not split",
     "AudioLDM2UNet2DConditionModel": _CONVOLUTIONS,
-    "Cosmos3OmniTransformer": "its text attends causally, and its video to that text by the same "
-    "layers",
     "CosmosControlNetModel": "it returns the tokens of every block to another model",
     "I2VGenXLUNet": _CONVOLUTIONS,
     "LatteTransformer3DModel": _FRAMES,
