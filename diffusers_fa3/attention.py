@@ -7,7 +7,6 @@ lengths, D head size (Dv of v), T packed tokens. Layout (B, S, H, D).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +35,15 @@ from diffusers_fa3.kernels import (
     select,
     without_keys,
 )
-from diffusers_fa3.masks import Axes2D, Opaque, PackingPlan, Plan, try_plan
+from diffusers_fa3.masks import (
+    Axes2D,
+    FindPlan,
+    Opaque,
+    PackingPlan,
+    Plan,
+    PlanCall,
+    try_plan,
+)
 from diffusers_fa3.options import Options
 
 _UNMASKED = PackingPlan("dense", 0, 0, 0)
@@ -45,23 +52,6 @@ _UNMASKED = PackingPlan("dense", 0, 0, 0)
 # Asked in every call; whether autocast is on for one device would cost five times as much.
 _tracing = torch._C._get_tracing_state
 _any_autocast = torch._C._is_any_autocast_enabled
-
-
-class PlanCall(NamedTuple):
-    """Everything but the mask that a plan depends on."""
-
-    sizes: tuple[int, int, int, int]
-    """B, H, Sq, Sk."""
-    axes_2d: Axes2D
-    seqused: bool
-    pack_queries: bool
-
-
-FindPlan = Callable[[Tensor, PlanCall, Callable[[], Plan]], Plan]
-"""(mask, the rest that the plan depends on, a function that makes the plan) -> the plan.
-
-A caller with many layers passes one, so that a plan made for an earlier layer is found again.
-"""
 
 
 class Served(NamedTuple):

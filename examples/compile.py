@@ -23,8 +23,8 @@ import argparse
 import sys
 
 import torch
+from arguments import make_parser, parse
 from comparison import largest, stop
-from digits_task import MODEL_DIR, SAMPLING_STEPS
 from loading import load_pipeline
 from several_gpus import pictures
 from torch._dynamo.utils import counters
@@ -38,22 +38,10 @@ next. Graphs order sums in another way; on the digits that makes some 1e-7."""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Other models, and --device cuda, were written with care, but not run yet.",
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--backend", help="of torch.compile; default: aot_eager, on a GPU inductor")
     parser.add_argument("--kernel", default="auto", help="a name from `available_kernels()`")
-    parser.add_argument(
-        "--model", default=MODEL_DIR, help="name on the hub, or a folder; default: the digits"
-    )
-    parser.add_argument("--prompt", action="append", help="give it once per picture")
-    parser.add_argument("--steps", type=int, default=SAMPLING_STEPS)
-    parser.add_argument("--size", type=int, help="height and width; default: the pipeline's own")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.set_defaults(seed=4)
-    args = parser.parse_args()
-    args.prompt = args.prompt or list(PROMPTS)
+    args = parse(parser, PROMPTS)
     args.backend = args.backend or ("inductor" if args.device == "cuda" else "aot_eager")
     return args
 

@@ -24,8 +24,8 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from arguments import make_parser, parse
 from comparison import largest, stop
-from digits_task import MODEL_DIR, SAMPLING_STEPS
 from loading import load_pipeline
 from several_gpus import pictures
 from torch import Tensor
@@ -86,22 +86,9 @@ def error_alone(kernel: Callable[..., Tensor], device: str) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Other models, and --device cuda, were written with care, but not run yet.",
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--broken", action="store_true", help="drop a key: see the program fail")
-    parser.add_argument(
-        "--model", default=MODEL_DIR, help="name on the hub, or a folder; default: the digits"
-    )
-    parser.add_argument("--prompt", action="append", help="give it once per picture")
-    parser.add_argument("--steps", type=int, default=SAMPLING_STEPS)
-    parser.add_argument("--size", type=int, help="height and width; default: the pipeline's own")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.set_defaults(seed=4)
-    args = parser.parse_args()
-    args.prompt = args.prompt or list(PROMPTS)
-    return args
+    return parse(parser, PROMPTS)
 
 
 def main() -> int:

@@ -22,9 +22,9 @@ import sys
 
 import numpy as np
 import torch
+from arguments import make_parser, parse
 from comparison import largest, stop
 from diffusers import DiffusionPipeline
-from digits_task import MODEL_DIR, SAMPLING_STEPS
 from loading import load_pipeline
 from rich.console import Console
 from rich.table import Table
@@ -67,23 +67,10 @@ def without_mask(module: nn.Module, args: tuple[()], kwargs: dict[str, object]) 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Other models, and --device cuda, were written with care, but not run yet.",
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--no-mask", action="store_true", help="see the program fail")
     parser.add_argument("--kernel", default="auto", help="a name from `available_kernels()`")
-    parser.add_argument(
-        "--model", default=MODEL_DIR, help="name on the hub, or a folder; default: the digits"
-    )
-    parser.add_argument("--prompt", action="append", help="give it once per picture")
-    parser.add_argument("--steps", type=int, default=SAMPLING_STEPS)
-    parser.add_argument("--size", type=int, help="height and width; default: the pipeline's own")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.set_defaults(seed=4)
-    args = parser.parse_args()
-    args.prompt = args.prompt or list(PROMPTS)
-    return args
+    return parse(parser, PROMPTS)
 
 
 def main() -> int:

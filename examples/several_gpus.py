@@ -25,10 +25,11 @@ import numpy as np
 import text_to_image
 import torch
 import torch.distributed as dist
+from arguments import make_parser, parse
 from comparison import largest, stop, write_grid
 from diffusers import ContextParallelConfig, DiffusionPipeline
 from diffusers.utils import logging
-from digits_task import MODEL_DIR, SAMPLING_STEPS, draw
+from digits_task import MODEL_DIR, draw
 from loading import load_pipeline
 from rich.console import Console
 from torch import nn
@@ -151,18 +152,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="The GPU path (--device cuda) was written with care, but not run yet.",
-    )
-    parser.add_argument(
-        "--model", default=MODEL_DIR, help="name on the hub, or a folder; default: the digits"
-    )
-    parser.add_argument("--prompt", action="append", help="give it once per picture")
-    parser.add_argument("--steps", type=int, default=SAMPLING_STEPS)
-    parser.add_argument("--size", type=int, help="height and width; default: the pipeline's own")
+    parser = make_parser(__doc__)
     parser.add_argument("--seed", type=int, default=4, help="of the first picture")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ulysses", type=int, metavar="N", help="ranks that share out the heads")
     parser.add_argument("--ring", type=int, metavar="N", help="ranks that gather all keys")
     parser.add_argument(
@@ -170,9 +161,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--kernel", default="auto", help="a name from `available_kernels()`")
     parser.add_argument("--out", type=Path, default=Path("several_gpus.png"))
-    args = parser.parse_args()
-    args.prompt = args.prompt or list(PROMPTS)
-    return args
+    return parse(parser, PROMPTS)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from diffusers_fa3.kernels.compiled import (
     executed,
     graph_kernel,
     note_declined,
+    while_tracing,
 )
 from diffusers_fa3.kernels.contract import Kernel, Request, read_machine
 from diffusers_fa3.kernels.installed import available_kernels, check_choice, select
@@ -52,5 +53,6 @@ __all__ = [
     "out_dtype",
     "read_machine",
     "select",
+    "while_tracing",
     "without_keys",
 ]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from diffusers_fa3.kernels.contract import Forward, Request, Result, read_machin
 from diffusers_fa3.kernels.installed import kernel_named, select
 from diffusers_fa3.kernels.out import out_dtype
 from diffusers_fa3.options import DENSE, Lengths, Options
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+while_tracing: Callable[[Function], Function] = torch.compiler.assume_constant_result
+"""Decorates a function of constants that Dynamo runs as it traces, once, and not in the graph."""
 
 executed: Counter[tuple[int, str, str]] = Counter()
 """Calls that compiled graphs made, by (`Settings.switch_id` or 0 if none, kernel, route)."""
@@ -74,8 +80,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, return_lse: bool, *options: 
     return q.new_empty((*batch, heads, length) if return_lse else 0, dtype=torch.float32)
 
 
-# assume_constant_result: Dynamo runs the function once while it traces, and not in the graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+@while_tracing
 def note_declined(switch_id: int, reason: str, warn: bool) -> None:
     """Count a call that the graph being traced gives to the default attention; warn once."""
     declined[switch_id, reason] += 1
@@ -109,7 +114,7 @@ def graph_kernel(
     return GraphKernel(name, seqused_k, reads_padding, _traceable(name, switch_id))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+@while_tracing
 def _choose(device: torch.device, kernel: str, *request: Any) -> tuple[str, bool, bool] | str:
     """`select` on constants, for Dynamo: `Request` fields in, first `GraphKernel` fields out."""
     try:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fa3.attention import Declined, PlanCall, Served, attend
+from diffusers_fa3.attention import Declined, Served, attend
 from diffusers_fa3.errors import InputError, ParallelError, UnsupportedModelError
 from diffusers_fa3.kernels import needs_grad
 from diffusers_fa3.layers.given import arguments_of, read_arguments
 from diffusers_fa3.layers.record import LayerRecord
-from diffusers_fa3.masks import Axes2D, Plan, PlanCache, sources_of
+from diffusers_fa3.masks import Axes2D, Plan, PlanCache, PlanCall, sources_of
 from diffusers_fa3.parallel import Memory, Split, attend_split, distributed, split_of
 
 UNREACHED = "makes no attention call that could be switched"

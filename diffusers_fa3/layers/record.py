@@ -17,7 +17,7 @@ import torch
 from diffusers.utils.logging import get_verbosity
 
 from diffusers_fa3.errors import FA3Error, FallbackWarning, InputError, KernelUnavailableError
-from diffusers_fa3.kernels import KernelChoice, check_choice, note_declined
+from diffusers_fa3.kernels import KernelChoice, check_choice, note_declined, while_tracing
 from diffusers_fa3.parallel import Home
 
 Fallback = Literal["warn", "error", "silent"]
@@ -37,8 +37,7 @@ def _naming(variable: str) -> Iterator[None]:
         raise type(error)(f"{variable}={os.environ.get(variable)}: {error}") from error
 
 
-# assume_constant_result: Dynamo runs the function once while it traces, and not in the graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+@while_tracing
 def warnings_are_wanted() -> bool:
     """Whether diffusers' verbosity lets warnings through: `diffusers.utils.logging`."""
     return get_verbosity() <= WARNING

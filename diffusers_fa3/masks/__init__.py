@@ -19,17 +19,19 @@ from diffusers_fa3.masks.outer import (
     sources_of,
 )
 from diffusers_fa3.masks.packing import PackingPlan
-from diffusers_fa3.masks.plan_cache import Plan, PlanCache, memory_of
+from diffusers_fa3.masks.plan_cache import FindPlan, Plan, PlanCache, PlanCall, memory_of
 from diffusers_fa3.masks.planning import plan_packing, try_plan
 from diffusers_fa3.masks.read import Axes2D, as_4d
 
 __all__ = [
     "Axes2D",
+    "FindPlan",
     "Opaque",
     "OuterMask",
     "PackingPlan",
     "Plan",
     "PlanCache",
+    "PlanCall",
     "SpreadMask",
     "as_4d",
     "can_be_spread",

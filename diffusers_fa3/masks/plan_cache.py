@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,29 @@ from torch.utils.weak import TensorWeakRef
 from diffusers_fa3.errors import FA3Error
 from diffusers_fa3.masks.meaning import Opaque
 from diffusers_fa3.masks.packing import PackingPlan
+from diffusers_fa3.masks.read import Axes2D
 from diffusers_fa3.options import Lengths
 
 Plan = PackingPlan | Opaque
 Alive = Callable[[], bool]
 Found = TypeVar("Found")
+
+
+class PlanCall(NamedTuple):
+    """Everything but the mask that a plan depends on."""
+
+    sizes: tuple[int, int, int, int]
+    """B, H, Sq, Sk."""
+    axes_2d: Axes2D
+    seqused: bool
+    pack_queries: bool
+
+
+FindPlan = Callable[[Tensor, PlanCall, Callable[[], Plan]], Plan]
+"""(mask, the rest that the plan depends on, a function that makes the plan) -> the plan.
+
+A caller with many layers passes one, so that a plan made for an earlier layer is found again.
+"""
 
 CAPACITY = 256
 """The most plans kept: more than the models of a process use in one forward."""

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from diffusers_fa3.attention import (
     Declined,
-    FindPlan,
-    PlanCall,
     Served,
     attend,
     default_attention,
@@ -25,7 +23,7 @@ from diffusers_fa3.attention import (
 from diffusers_fa3.errors import ParallelError
 from diffusers_fa3.inputs import check_inputs, under_autocast
 from diffusers_fa3.kernels import KernelChoice, in_functional, is_functional, needs_grad, out_dtype
-from diffusers_fa3.masks import Axes2D, Plan, try_plan
+from diffusers_fa3.masks import Axes2D, FindPlan, Plan, PlanCall, try_plan
 from diffusers_fa3.parallel.exchange import (
     Axes,
     heads_for_tokens,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_fa3.errors import ParallelError, UnsupportedModelError
+from diffusers_fa3.kernels import while_tracing
 from diffusers_fa3.parallel.exchange import Axes, Group
 from diffusers_fa3.parallel.home import Home, home_of, home_on_the_stack
 from diffusers_fa3.parallel.model_plan import ModelPlan
@@ -93,8 +94,7 @@ def _decide(
     )
 
 
-# assume_constant_result: Dynamo runs the function once while it traces, and not in the graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
+@while_tracing
 def _decide_in_graph(
     number: int, processor: str, own: bool, passed: bool, told: bool
 ) -> tuple[Any, ...] | None:
@@ -129,9 +129,10 @@ APPLIED = "_fa3_applied"
 
 def axes_of(config: Any) -> Axes:
     """How diffusers' `ContextParallelConfig` splits a sequence; kept on the configuration."""
+    axes: Axes
     mesh, axes = vars(config).get("_fa3_axes", (None, None))
-    if mesh is config._flattened_mesh and axes is not None:
-        return axes  # type: ignore[no-any-return]  # an attribute of our own
+    if mesh is config._flattened_mesh:
+        return axes
     uneven = getattr(config, "ulysses_anything", False) or getattr(config, "ring_anything", False)
     meshes = (config._ulysses_mesh, config._ring_mesh, config._flattened_mesh)
     ulysses, ring, everyone = (Group.of(mesh.get_group()) for mesh in meshes)
