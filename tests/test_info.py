@@ -20,12 +20,14 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from torch.nn import functional
+from zoo import CASES
 
 from diffusers_fa3 import available_kernels
 from diffusers_fa3.errors import InputError
 from diffusers_fa3.kernels import PROVIDERS
 from diffusers_fa3.kernels.contract import Machine, Provider
 from diffusers_fa3.kernels.providers import reference
+from diffusers_fa3.layers.find import attention_layers
 from diffusers_fa3.tools import cli
 from diffusers_fa3.tools.info import choices, machine_report
 from diffusers_fa3.tools.info.advice import advise
@@ -38,7 +40,7 @@ from diffusers_fa3.tools.info.conflicts import (
     modules_with_two_owners,
     namespace_taken,
 )
-from diffusers_fa3.tools.info.layers import head_size, masks_read
+from diffusers_fa3.tools.info.layers import group_layers, head_size, masks_read
 from diffusers_fa3.tools.info.machine import GPU, MachineFacts, driver_in, read_facts
 from diffusers_fa3.tools.info.model import read_model
 from diffusers_fa3.tools.info.patches import patched_in_diffusers
@@ -715,6 +717,17 @@ def test_a_mask_that_a_processor_takes_and_leaves_unread_does_not_count() -> Non
 
     assert masks_read(reads) == ("attention_mask",)
     assert masks_read(torch.matmul) == ()
+
+
+@pytest.mark.parametrize("name", ["stable_audio3", "stable_audio3_plain"])
+def test_projections_of_more_than_queries_are_not_taken_for_heads(name: str) -> None:
+    """Differential attention projects two queries and two keys."""
+    zoo = {case.name: case for case in CASES}
+    if name not in zoo:
+        pytest.skip("this diffusers has no StableAudio 3")
+    case = zoo[name]
+    groups = group_layers(attention_layers(case.build()))
+    assert {group.head_dim for group in groups} == {64}
 
 
 def test_a_head_size_that_cannot_be_read_is_unknown() -> None:

@@ -380,9 +380,9 @@ class Copies(TorchDispatchMode):
 def takes_out(
     q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, out: Tensor | None = None
 ) -> Tensor:
-    """A kernel that can write into `out`, as Hopper's do."""
+    """A kernel that can write into `out`, and else returns (B, S, H, D) memory, as Hopper's do."""
     result = default_attention(q, k, v, None, softmax_scale, False)
-    return result if out is None else torch.add(result, 0, out=out)
+    return result.contiguous() if out is None else torch.add(result, 0, out=out)
 
 
 def copies(rank: int, modes: tuple[str, ...]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ These files know neither masks nor diffusers. Only a provider's `load` imports a
 from __future__ import annotations
 
 from diffusers_fa3.kernels.adapt import without_keys
+from diffusers_fa3.kernels.build_flags import read_flags
 from diffusers_fa3.kernels.compiled import (
     GraphKernel,
     declined,
@@ -20,7 +21,7 @@ from diffusers_fa3.kernels.compiled import (
     note_declined,
     while_tracing,
 )
-from diffusers_fa3.kernels.contract import Kernel, Request, read_machine
+from diffusers_fa3.kernels.contract import Kernel, Provider, Request, read_machine
 from diffusers_fa3.kernels.installed import available_kernels, check_choice, select
 from diffusers_fa3.kernels.out import (
     call_kernel,
@@ -38,6 +39,7 @@ __all__ = [
     "GraphKernel",
     "Kernel",
     "KernelChoice",
+    "Provider",
     "Request",
     "available_kernels",
     "call_kernel",
@@ -51,6 +53,7 @@ __all__ = [
     "needs_grad",
     "note_declined",
     "out_dtype",
+    "read_flags",
     "read_machine",
     "select",
     "while_tracing",

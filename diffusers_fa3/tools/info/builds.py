@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from diffusers_fa3.kernels import PROVIDERS, Kernel, available_kernels
+from diffusers_fa3.kernels import PROVIDERS, Kernel, Provider, available_kernels, read_flags
 
 FLAGS = {"flash_attn_3": "flash_attn_config", "fa3_fwd": "fa3_fwd_config"}
 """The module with the flags of a build, for those kernels whose packages have one."""
 
 UNJUDGED = ("not loaded",)
 """The reasons of an installed kernel before anybody loaded it."""
-
-
-class Package(Protocol):
-    """What is read of a provider of `PROVIDERS`."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def load(self) -> Callable[[], Kernel]: ...  # noqa: D102
-    @property
-    def install(self) -> str: ...  # noqa: D102
-    @property
-    def modules(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def on_request(self) -> str: ...  # noqa: D102
-    @property
-    def cuda(self) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,7 @@ def read_kernels(device: torch.device | str | None = None) -> tuple[KernelFacts,
     return tuple(found)
 
 
-def unjudged(provider: Package, owners: Mapping[str, list[str]]) -> KernelFacts:
+def unjudged(provider: Provider, owners: Mapping[str, list[str]]) -> KernelFacts:
     """What is known of a kernel without loading it; it counts as rejected."""
     installed = is_installed(provider)
     found = distributions_of(provider.modules, owners) if installed else ()
@@ -114,11 +96,11 @@ def unjudged(provider: Package, owners: Mapping[str, list[str]]) -> KernelFacts:
         install=provider.install,
         only_by_name=provider.on_request,
         distributions=found,
-        build_flags=read_flags(provider.name) if installed else {},
+        build_flags=flags_of(provider.name) if installed else {},
     )
 
 
-def is_installed(provider: Package) -> bool:
+def is_installed(provider: Provider) -> bool:
     """Whether the modules of a kernel can be found."""
     return all(find_spec(module) is not None for module in provider.modules)
 
@@ -132,13 +114,10 @@ def distributions_of(
     return tuple((name, importlib.metadata.version(name)) for name in names)
 
 
-def read_flags(kernel: str) -> dict[str, bool]:
+def flags_of(kernel: str) -> dict[str, bool]:
     """The flags that a kernel's package was built with, from its config module."""
-    module = FLAGS.get(kernel)
-    if module is None or find_spec(module) is None:
-        return {}
     try:
-        return dict(importlib.import_module(module).CONFIG["build_flags"])
+        return dict(read_flags(FLAGS[kernel])) if kernel in FLAGS else {}
     except Exception:  # a broken package; that it does not load is told by its kernel's row
         return {}
 

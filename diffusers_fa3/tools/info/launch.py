@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusers_fa3.kernels import Kernel
+from diffusers_fa3.kernels import Kernel, Provider
 from diffusers_fa3.options import DENSE, Lengths, Options
-from diffusers_fa3.tools.info.builds import Package, build_of
+from diffusers_fa3.tools.info.builds import build_of
 
 LENGTHS = (48, 64)
 """Tokens of the two samples of each call."""
@@ -32,7 +32,7 @@ WRONG_FROM = 5e-2
 Tell = Callable[..., None]
 
 
-def try_kernel(provider: Package, tell: Tell) -> None:
+def try_kernel(provider: Provider, tell: Tell) -> None:
     """Load and launch a kernel, and tell of each step."""
     kernel = _try(tell, "load", provider.load)
     if kernel is None:

@@ -18,7 +18,7 @@ CALLS = ("dispatch_attention_fn", "scaled_dot_product_attention", "get_attention
 `set_attention_backend` reaches."""
 
 HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads")
-HEAD_DIM = ("head_dim", "dim_head", "attention_head_dim")
+HEAD_DIM = ("head_dim", "dim_head", "dim_heads", "attention_head_dim")
 QUERIES = ("to_q", "q_proj", "wq", "to_query")
 QKV = ("to_qkv", "qkv_proj", "img_qkv_proj")
 
@@ -77,8 +77,9 @@ def head_size(layer: nn.Module) -> tuple[int | None, int | None]:
     if wide is None:
         wide = next(filter(None, (_width(layer, name) for name in QUERIES)), None)
     if wide is None:
-        wide = next((w // 3 for name in QKV if (w := _width(layer, name))), None)
-    return heads, wide // heads if wide else None
+        of_three = next((w for name in QKV if (w := _width(layer, name))), None)
+        wide = None if of_three is None or of_three % 3 else of_three // 3
+    return heads, None if wide is None or wide % heads else wide // heads
 
 
 def _number(layer: nn.Module, names: Iterable[str]) -> int | None:

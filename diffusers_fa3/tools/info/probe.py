@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_fa3.kernels import PROVIDERS
-from diffusers_fa3.tools.info.builds import Build, Package, build_from, is_installed
+from diffusers_fa3.kernels import PROVIDERS, Provider
+from diffusers_fa3.tools.info.builds import Build, build_from, is_installed
 
 TIMEOUT_S = 120.0
 """Enough for a kernel that compiles at its first call."""
@@ -55,7 +55,7 @@ class Probe:
 
 
 def probe_kernels(
-    providers: Iterable[Package] = PROVIDERS, timeout_s: float = TIMEOUT_S
+    providers: Iterable[Provider] = PROVIDERS, timeout_s: float = TIMEOUT_S
 ) -> tuple[Probe, ...]:
     """Load and launch each installed kernel in a process of its own.
 
@@ -69,7 +69,7 @@ def probe_kernels(
     return tuple(_probe(p, timeout_s) for p in providers if is_installed(p))
 
 
-def _probe(provider: Package, timeout_s: float) -> Probe:
+def _probe(provider: Provider, timeout_s: float) -> Probe:
     if provider.on_request:
         why = f"only by name, since {provider.on_request}"
         return Probe(provider.name, (Step("load", "skipped", why),))
