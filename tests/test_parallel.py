@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusers_fa3 import ParallelError
 from diffusers_fa3.attention import Declined, default_attention
 from diffusers_fa3.kernels.contract import Provider
 from diffusers_fa3.kernels.installed import kernel_named
@@ -214,6 +215,9 @@ def odd_errors(rank: int, modes: tuple[str, ...]) -> dict[tuple[str, str], float
         whole = [torch.cat([x, y], 1) for x, y in zip(first, (k, v))]
         expected = part(default_attention(q, *whole, None, None, False), axes)
         found[mode, "first keys that every rank has"] = (out - expected).abs().max().item()
+        valid = torch.ones(BATCH, own[0].shape[1], dtype=torch.bool)
+        with pytest.raises(ParallelError, match="a mask of keys some of which every rank has"):
+            split(axes, part(q, axes), *own, valid, first=5)
     axes = axes_for(modes[0])
     q = part(random(BATCH, 4 * world, 4 * world, 8), axes)
     k, v = (random(BATCH, 5, 4 * world, 8, seed=i) for i in (1, 2))
