@@ -97,7 +97,7 @@ def attend(
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and _tracing() is not None:  # sizes are tensors there
-        return _declined("torch.jit.trace records PyTorch's attention", InputError)
+        return no_kernel_takes("torch.jit.trace records PyTorch's attention", InputError)
     if _any_autocast():
         q, k, v = under_autocast(q, k, v)
     sizes = check_inputs(q, k, v, mask, causal)
@@ -133,7 +133,7 @@ def attend(
     else:
         plan = _plan(mask, sizes, axes_2d, chosen.seqused_k, pack_queries, find_plan)
     if isinstance(plan, Opaque):
-        return _declined(plan.reason, MaskError)
+        return no_kernel_takes(plan.reason, MaskError)
 
     if plan.route == "packed" and not (plan.lengths.max_seqlen_q and plan.lengths.max_seqlen_k):
         return Served(*without_keys(q, k, v, out, return_lse), "none", "empty")
@@ -245,7 +245,7 @@ def _choose(
 ) -> Kernel | GraphKernel | Declined:
     if compiling and isinstance(kernel, str):
         if request.backward:
-            return _declined("gradients under torch.compile", InputError)
+            return no_kernel_takes("gradients under torch.compile", InputError)
         chosen = graph_kernel(request, device, kernel, switch_id)
         if isinstance(chosen, str):
             return Declined(chosen, KernelUnavailableError(chosen))
@@ -256,8 +256,13 @@ def _choose(
         return Declined(error.summary, error)
 
 
-def _declined(reason: str, error: type[InputError]) -> Declined:
-    return Declined(reason, error(f"{reason}; no kernel takes this"))
+def no_kernel_takes(reason: str, error: type[InputError] = InputError) -> Declined:
+    """The answer to a call that only PyTorch's attention can serve."""
+    words = (
+        f"{reason}; no kernel takes this. Call torch.nn.functional.scaled_dot_product_attention, "
+        'or in a layer allow it by fallback="warn"'
+    )
+    return Declined(reason, error(words))
 
 
 def _plan(

@@ -56,9 +56,15 @@ def check_inputs(
     if k_heads == 0 or heads % k_heads:
         raise _bad("q's number of heads is a multiple of k's", q, k, v)
     if not q.dtype == k.dtype == v.dtype:
-        raise InputError(f"q, k and v are of one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise InputError(
+            f"q, k and v are of one dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Cast them to one, "
+            "or call under torch.autocast"
+        )
     if not q.device == k.device == v.device:
-        raise InputError(f"q, k and v lie on one device; got {q.device}, {k.device}, {v.device}")
+        raise InputError(
+            f"q, k and v lie on one device; got {q.device}, {k.device}, {v.device}. Move them "
+            "to one"
+        )
     if causal and (mask is not None or q_len != k_len):
         raise InputError(
             "causal needs as many queries as keys, and no mask: kernels align it at the end of the "
@@ -97,9 +103,13 @@ def _check_mask(mask: Tensor | PackingPlan, q: Tensor, k: Tensor) -> None:
     planned = (mask.batch, mask.q_len, mask.k_len)
     if planned != (q.shape[0], q.shape[1], k.shape[1]):
         raise MaskError(
-            f"the plan is for (B, Sq, Sk) = {planned}; got q {tuple(q.shape)}, k {tuple(k.shape)}"
+            f"the plan is for (B, Sq, Sk) = {planned}; got q {tuple(q.shape)}, k {tuple(k.shape)}. "
+            "Make a plan of these sizes, by plan_packing"
         )
 
 
 def _bad(rule: str, q: Tensor, k: Tensor, v: Tensor) -> InputError:
-    return InputError(f"{rule}; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    return InputError(
+        f"{rule}; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}. Give q "
+        "(B, Sq, H, D), k (B, Sk, Hk, D) and v (B, Sk, Hk, Dv), where Hk divides H"
+    )

@@ -111,7 +111,10 @@ def flash_attn_varlen_func(
         check_lengths("seqused_k", seqused_k, q, samples)
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(value, int) or value < 0:
-            raise InputError(f"{name} must be an int on the host, not negative; got {value!r}")
+            raise InputError(
+                f"{name} must be an int on the host, not negative; got {value!r}. Give a bound, "
+                f"e.g. {name}=int(cu_seqlens.diff().max())"
+            )
     backward = needs_grad(q, k, v)
     refuse_arguments(
         seqused_q=seqused_q,
@@ -246,15 +249,24 @@ def flash_attn_with_kvcache(
     if cache_batch_idx is not None:
         check_lengths("cache_batch_idx", cache_batch_idx, q, samples)
     elif page_table is None and len(k_cache) != samples:
-        raise InputError(f"the cache must have a row for each sample; {len(k_cache)} for {samples}")
+        raise InputError(
+            f"the cache must have a row for each sample; got {len(k_cache)} for {samples}. Name "
+            "the rows by cache_batch_idx, or give a page_table"
+        )
     if k is not None and cu_seqlens_k_new is None and len(k) != samples:
-        raise InputError(f"k and v must have new keys for each sample; {len(k)} for {samples}")
+        raise InputError(
+            f"k and v must have new keys for each sample; got {len(k)} for {samples}. Give one row "
+            "for each"
+        )
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((samples,), cache_seqlens, dtype=torch.int32, device=q.device)
     elif cache_seqlens is not None:
         check_lengths("cache_seqlens", cache_seqlens, q, samples)
     if k is not None and cache_seqlens is None:
-        raise InputError("k and v need cache_seqlens: behind how many valid keys they belong")
+        raise InputError(
+            "k and v need cache_seqlens: behind how many valid keys they belong; got none. Give an "
+            "int, or int32 (B,)"
+        )
 
     return_lse = return_lse or return_softmax_lse
     window = read_window(window_size)
@@ -316,5 +328,7 @@ def _request(q: Tensor, v: Tensor, options: Options, return_lse: bool) -> Reques
 
 def _cache_entry(kernel: Kernel) -> Any:
     if kernel.kvcache is None:
-        raise KernelUnavailableError(f"{kernel.name} has no entry for a key-value cache")
+        raise KernelUnavailableError(
+            f'{kernel.name} has no entry for a key-value cache; say kernel="auto"'
+        )
     return kernel.kvcache

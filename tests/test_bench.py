@@ -318,5 +318,5 @@ def test_every_sweep_is_a_panel() -> None:
 
 
 def test_without_a_sweep_there_is_no_plot(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="needs 3 shares"):
+    with pytest.raises(InputError, match="a plot needs 3 shares of valid text, or as many lengths"):
         plot([row(64, 0.5)], str(tmp_path / "x.png"))

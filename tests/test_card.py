@@ -28,6 +28,7 @@ from diffusers_fa3.tools.card import Written, write_card
 from diffusers_fa3.tools.card.command import add_command
 from diffusers_fa3.tools.card.markdown import code, escaped
 from diffusers_fa3.tools.card.marks import END, OPENS, START, with_section
+from diffusers_fa3.tools.card.readme import replace_readme
 from diffusers_fa3.tools.check import command as check
 
 Report = dict[str, Any]
@@ -318,7 +319,9 @@ def test_a_file_that_cannot_be_replaced_is_as_it_was(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match=r"cannot write .*README.md: No space left on device"):
+    with pytest.raises(
+        InputError, match=r"the card is written into its folder; cannot write .*: No space"
+    ):
         write_card(digits)
     assert text_of(digits) == before
     assert not [*digits.glob(".README*")]
@@ -358,6 +361,11 @@ def test_marks_among_the_metadata_are_refused(digits: Path) -> None:
     with pytest.raises(InputError, match="metadata"):
         write_card(digits)
     assert text_of(digits) == text
+    file = digits / "README.md"
+    with pytest.raises(InputError, match="a new section leaves the metadata as they are"):
+        replace_readme(file, "---\nlicense: mit\n---\n", {"license": "apache-2.0"})
+    assert text_of(digits) == text
+    assert not [*digits.glob(".README*")]
 
 
 def test_a_card_that_is_no_file_of_its_own_is_refused(digits: Path, tmp_path: Path) -> None:
@@ -432,13 +440,13 @@ def test_a_parity_report_that_is_none_of_this_model_is_refused(
 
 
 SPEED_CHANGES: dict[str, Callable[[Report], object]] = {
-    "has schema 1 or none; .* has 2": lambda r: r.update(schema=2),
+    "a speed report has schema 1 or none; .* has 2": lambda r: r.update(schema=2),
     "has measured calls; .* has none": lambda r: r.update(rows=[]),
     "a row of yours at 33 tokens, and no such case": lambda r: r["rows"][0].update(tokens=33),
     r"rows\[0\].methods.ours in .* must be an object": lambda r: r["rows"][0]["methods"].pop(
         "ours"
     ),
-    "3 heads of size 32; .* has 4 heads of size 64. Run .* --heads 3 --head-dim 32": (
+    "a speed report has calls of the sizes of the model, .*; .* has 4 heads of size 64. Run ": (
         lambda r: r["cases"][0].update(heads=4, head_dim=64)
     ),
 }
@@ -487,7 +495,9 @@ def test_each_report_in_the_place_of_the_other_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=r"a parity report has schema 1; .* has none"):
         write_card(digits, parity=speed)
-    with pytest.raises(InputError, match=r"cases in .* must be a list; got nothing"):
+    with pytest.raises(
+        InputError, match=r"cases in .* must be a list; got nothing. Give a file "
+    ):
         write_card(digits, speed=parity)
 
 

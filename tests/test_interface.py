@@ -250,10 +250,10 @@ CACHE_BAD = {
     ),
     "new keys' samples": (
         {"k": torch.zeros(1, 1, 2, 8), "v": torch.zeros(1, 1, 2, 8), "cache_seqlens": 1},
-        "new keys for each sample; 1 for 2",
+        "new keys for each sample; got 1 for 2",
     ),
     "rows": ({"cache_batch_idx": ends(1)[:1]}, "cache_batch_idx must have 2 entries; got 1"),
-    "rows without index": ({"q": torch.zeros(1, 1, 4, 8)}, "a row for each sample; 2 for 1"),
+    "rows without index": ({"q": torch.zeros(1, 1, 4, 8)}, "a row for each sample; got 2 for 1"),
     "lengths": ({"cache_seqlens": torch.tensor([1, 2])}, "cache_seqlens must be an int32"),
     "out": ({"out": torch.zeros(2, 1, 4, 4)}, r"shape \(2, 1, 4, 8\)"),
 }

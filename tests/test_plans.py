@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffusers_fa3 import FA3Error, plan_packing
+from diffusers_fa3.layers.frame import running
 from diffusers_fa3.masks.meaning import Opaque
 from diffusers_fa3.masks.packing import PackingPlan
 from diffusers_fa3.masks.plan_cache import CAPACITY, PlanCache
@@ -82,7 +83,7 @@ def test_a_wrong_reuse_is_found_where_one_looks() -> None:
     plan_for(cache, source)
     plan_for(cache, source)
     hidden = padding(1, 1)
-    with pytest.raises(FA3Error, match="reused for another mask; call: call"):
+    with pytest.raises(FA3Error, match="a plan was reused for another mask; got call"):
         cache.find([source], "call", lambda: plan_packing(hidden, batch=2, q_len=4, k_len=4))
 
 
@@ -174,9 +175,11 @@ def test_plans_of_dead_masks_are_dropped_and_the_rest_is_bounded() -> None:
 
 
 def test_threads_get_the_plans_of_their_own_masks() -> None:
-    cache, wrong = PlanCache(), []
+    caches, wrong = [], []
 
     def run(length: int) -> None:
+        cache = running.plans
+        caches.append(cache)
         for _ in range(100):
             mask = padding(length, 2)
             plan, _ = plan_for(cache, mask)
@@ -190,3 +193,4 @@ def test_threads_get_the_plans_of_their_own_masks() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    assert len({*map(id, caches)}) == len(threads)

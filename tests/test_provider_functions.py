@@ -286,7 +286,10 @@ def test_a_log_sum_exp_that_does_not_come_is_an_error(packed):
     def no_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
         return q
 
-    with pytest.raises(KernelUnavailableError, match="no_lse returned no log-sum-exp"):
+    with pytest.raises(
+        KernelUnavailableError,
+        match="no_lse returned no log-sum-exp, but 1 results; it is the second of them",
+    ):
         by_name(wrap_callable(no_lse).forward)(
             q, k, v, softmax_scale=SCALE, return_lse=True, **lengths
         )

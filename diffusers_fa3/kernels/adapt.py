@@ -132,4 +132,6 @@ def refuse(kernel: str, asked: Iterable[str]) -> None:
     """Raise KernelUnavailableError if `asked` names any option; `kernel` has none of them."""
     names = ", ".join(asked)
     if names:
-        raise KernelUnavailableError(f"{kernel} cannot take {names}")
+        raise KernelUnavailableError(
+            f'{kernel} cannot take {names}; call without, or say kernel="auto"'
+        )

@@ -65,7 +65,10 @@ def call_kernel(
         _check_call(kernel, signature, out, args, kwargs)
     result = invoke(kernel, *args, out=out, **kwargs)
     if return_lse and not (isinstance(result, (tuple, list)) and len(result) > 1):
-        raise KernelUnavailableError(f"{name_of(kernel)} returned no log-sum-exp")
+        raise KernelUnavailableError(
+            f"{name_of(kernel)} returned no log-sum-exp, but one result; with `return_lse` a "
+            "kernel returns (out, lse). Call without, or take another kernel"
+        )
     return result
 
 
@@ -109,10 +112,14 @@ def _place(first: Tensor | Any, out: Tensor) -> Tensor:
     if first is out:
         return out
     if not isinstance(first, Tensor):
-        raise InputError(f"a kernel must return a tensor; got {type(first).__name__}")
+        raise InputError(
+            f"a kernel must return a tensor; got {type(first).__name__}. Mend the function that is "
+            "given as kernel"
+        )
     if first.shape != out.shape:
         raise InputError(
-            f"the kernel returned shape {tuple(first.shape)}; out has {tuple(out.shape)}"
+            f"the kernel returned shape {tuple(first.shape)}; out has {tuple(out.shape)}. "
+            "A kernel returns (..., H, Dv), as q and v say"
         )
     if first.data_ptr() == out.data_ptr() and first.stride() == out.stride():
         return out
@@ -136,15 +143,22 @@ def check_out(out: Tensor, q: Tensor, v: Tensor, others: Sequence[Tensor | None]
             or an input.
     """
     if not isinstance(out, Tensor):
-        raise InputError(f"out must be a tensor; got {type(out).__name__}")
+        raise InputError(
+            f"out must be a tensor; got {type(out).__name__}. Leave it out for a new one"
+        )
     shape = (*q.shape[:-1], v.shape[-1])
     if out.shape != shape:
-        raise InputError(f"out must have shape {shape}; got {tuple(out.shape)}")
+        raise InputError(
+            f"out must have shape {shape}; got {tuple(out.shape)}. Make it by q.new_empty({shape})"
+        )
     dtype = out_dtype(q)
     if out.dtype != dtype:
-        raise InputError(f"out must have dtype {dtype} for {q.dtype} inputs; got {out.dtype}")
+        raise InputError(
+            f"out must have dtype {dtype} for {q.dtype} inputs; got {out.dtype}. Make it of "
+            "that, or cast the inputs"
+        )
     if out.device != q.device:
-        raise InputError(f"out must be on {q.device}; got {out.device}")
+        raise InputError(f"out must be on {q.device}; got {out.device}. Make it there")
 
     inputs = [q, v, *(x for x in others if x is not None)]
     if out.requires_grad or needs_grad(*inputs):
@@ -154,10 +168,16 @@ def check_out(out: Tensor, q: Tensor, v: Tensor, others: Sequence[Tensor | None]
     if torch.compiler.is_compiling() or out.device.type == "meta":  # no addresses to compare
         return
     if _overlaps_itself(out):
-        raise InputError(f"out must not overlap itself; got strides {out.stride()} for {shape}")
+        raise InputError(
+            f"out must not overlap itself; got strides {out.stride()} for {shape}. Give a tensor "
+            "that was not expanded"
+        )
     for x in inputs:
         if _overlap(out, x):
-            raise InputError("out must not overlap the memory of an input")
+            raise InputError(
+                f"out must not overlap the memory of an input; got it over one of shape "
+                f"{tuple(x.shape)}. Give memory of its own"
+            )
 
 
 def out_dtype(q: Tensor) -> torch.dtype:
@@ -209,7 +229,10 @@ def _lse_request(kernel: Callable[..., Any], signature: Signature) -> dict[str, 
     if switch is not None:
         return {switch: True}
     if signature.members == 1:
-        raise KernelUnavailableError(f"{name_of(kernel)} cannot return a log-sum-exp")
+        raise KernelUnavailableError(
+            f"{name_of(kernel)} cannot return a log-sum-exp; call without `return_lse`, or take "
+            "another kernel"
+        )
     return {}
 
 
@@ -231,7 +254,11 @@ def _check_call(
     q = args[0] if args else _named(_Q_NAMES, kwargs)
     v = args[2] if len(args) > 2 else _named(_V_NAMES, kwargs)
     if not (isinstance(q, Tensor) and isinstance(v, Tensor)):
-        raise InputError("with `out`, q, k and v must come first, or by name: q, k, v")
+        got = ", ".join([*(type(x).__name__ for x in args), *kwargs]) or "nothing"
+        raise InputError(
+            f"with `out`, q, k and v must come first, or by name: q, k, v; got {got}. Take "
+            "packed tensors (qkv, kv) apart first"
+        )
     others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     check_out(out, q, v, others=[x for x in others if x is not q and x is not v])
 

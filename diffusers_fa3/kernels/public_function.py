@@ -123,9 +123,15 @@ def _forward(function: Callable[..., Any]) -> InnerForward:
 
         result, lse = _members(name, invoke(function, q, k, v, out=out, **known), return_lse)
         if needs_grad(q, k, v) and not result.requires_grad:
-            raise KernelUnavailableError(f"{name} returned a result without gradient")
+            raise KernelUnavailableError(
+                f"{name} returned a result without gradient, for inputs that need one; call under "
+                "torch.no_grad(), or take a kernel with a backward"
+            )
         if has_tangent(q, k, v) and not has_tangent(result):
-            raise KernelUnavailableError(f"{name} returned a result without forward derivative")
+            raise KernelUnavailableError(
+                f"{name} returned a result without forward derivative, for inputs that have one; "
+                'say kernel="reference", which has it'
+            )
         return result, lse
 
     return call
@@ -164,7 +170,10 @@ def _members(name: str, result: Any, return_lse: bool) -> Result:
     if not return_lse:
         return members[0], None
     if len(members) < 2 or not isinstance(members[1], Tensor):
-        raise KernelUnavailableError(f"{name} returned no log-sum-exp")
+        raise KernelUnavailableError(
+            f"{name} returned no log-sum-exp, but {len(members)} results; it is the second of "
+            "them. Call without `return_lse`, or take another kernel"
+        )
     return members[0], empty_rows_minus_inf(members[1])
 
 
@@ -210,7 +219,8 @@ def wrap_callable(function: Callable[..., Any]) -> Kernel:
     if strange:
         raise KernelUnavailableError(
             f"{name} requires {', '.join(sorted(strange))}; "
-            "a function that is given as `kernel` takes FlashAttention's arguments"
+            "a function that is given as `kernel` takes FlashAttention's arguments. Give the "
+            "others defaults, or bind them by functools.partial"
         )
     limits = limits_of(signature)
     forward = public_forward(function) if limits.varlen else public_forward(None, function)

@@ -87,7 +87,9 @@ class RawOp:
 
     def __init__(self, op: Any, name: str) -> None:
         if op is None:
-            raise KernelUnavailableError(f"{name}: its package registered no op")
+            raise KernelUnavailableError(
+                f"{name}: its package registered no op; reinstall it for this torch"
+            )
         self._op = overload(op)
         self._name = name
         schema = self._op._schema
@@ -96,7 +98,8 @@ class RawOp:
         if strange or not {*names} >= _NEEDED:
             raise KernelUnavailableError(
                 f"{name}: the op {schema.name} is none that this version knows; "
-                f"unknown arguments: {', '.join(sorted(strange)) or 'none'}"
+                f"unknown arguments: {', '.join(sorted(strange)) or 'none'}. "
+                "Wrap it in a function with FlashAttention's arguments"
             )
         self._fill = [_FILL.get(a.name, a.default_value) for a in schema.arguments[3:]]
         self._place = {argument: i for i, argument in enumerate(names[3:])}

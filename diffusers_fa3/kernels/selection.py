@@ -220,7 +220,10 @@ def _judge(kernel: Kernel, request: Request, machine: Machine) -> Kernel | _Refu
     limits = kernel.limits
     reasons = "; ".join(rejection_reasons(limits, machine, request))
     if reasons:
-        return _Refusal(f"kernel {kernel.name} cannot serve: {reasons}", reasons)
+        return _Refusal(
+            f'kernel {kernel.name} cannot serve: {reasons}. Say kernel="auto" to take one that can',
+            reasons,
+        )
     if request.backward and limits.seqused_k and not limits.seqused_k_backward:
         return replace(kernel, limits=replace(limits, seqused_k=False))
     return kernel

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_fa3.attention import Declined, Served, attend
+from diffusers_fa3.attention import Declined, Served, attend, no_kernel_takes
 from diffusers_fa3.errors import InputError, ParallelError, UnsupportedModelError
 from diffusers_fa3.kernels import needs_grad
 from diffusers_fa3.layers.given import arguments_of, read_arguments
@@ -161,7 +161,7 @@ class Frame:
     def decline(self, reason: str) -> None:
         """Count a call that goes to the default attention without asking for a kernel."""
         self.attention_calls += 1
-        self.record.decline(reason, InputError(f"{reason}: no kernel takes this"))
+        self.record.decline(reason, no_kernel_takes(reason).error)
 
     def _find_plan(self, mask: Tensor, call: PlanCall, make: Callable[[], Plan]) -> Plan:
         """The plan of `mask`, from the cache or new."""

@@ -129,7 +129,9 @@ def wrap(
     except UnsupportedModelError:
         raise
     except Exception as error:  # a metaclass, `__init_subclass__` or `__getattr__` may raise any
-        raise UnsupportedModelError(f"{cls.__name__} cannot be wrapped: {error}") from error
+        raise UnsupportedModelError(
+            f"{cls.__name__} cannot be wrapped: {error}. Leave its layers out by `layers`"
+        ) from error
     return wrapped
 
 

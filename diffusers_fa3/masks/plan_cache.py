@@ -111,7 +111,10 @@ class PlanCache:
             alive, plan = remembered
             if all(is_alive() for is_alive in alive):
                 if self.verify and certain and not _alike(plan, make()):
-                    raise FA3Error(f"a plan was reused for another mask; call: {call}")
+                    raise FA3Error(
+                        f"a plan was reused for another mask; got {call}. Edit no mask between two "
+                        "layers of a forward"
+                    )
                 return plan, False
         plan = make()
         self._forget_the_dead()

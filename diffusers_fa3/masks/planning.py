@@ -69,7 +69,7 @@ def plan_packing(
     if pack_queries and q_len != k_len:
         raise InputError(
             "pack_queries is for self attention, where tokens are queries and keys; got q_len "
-            f"{q_len}, k_len {k_len}"
+            f"{q_len}, k_len {k_len}. Leave pack_queries out"
         )
     sizes = (batch, heads, q_len, k_len)
     options = {"seqused": seqused, "static": static, "pack_queries": pack_queries}

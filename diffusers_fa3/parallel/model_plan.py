@@ -43,7 +43,8 @@ class ModelPlan:
 def refuse(model: Any, why: str) -> NoReturn:
     """Raise UnsupportedModelError for a model of a class that has a plan."""
     raise UnsupportedModelError(
-        f"{type(model).__name__} cannot be split over ranks with this configuration: {why}"
+        f"{type(model).__name__} cannot be split over ranks with this configuration: {why}. "
+        "Run it on one GPU"
     )
 
 

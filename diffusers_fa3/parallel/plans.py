@@ -47,9 +47,10 @@ def cp_plan(model: nn.Module) -> CPPlan:
     own: CPPlan | None = getattr(model, "_cp_plan", None)
     if own is not None:
         return own
-    why = _of_class(WHY_NOT, model) or "pass one of your own as cp_plan"
+    why = _of_class(WHY_NOT, model) or "nobody wrote one"
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no plan by which its tokens could be split over ranks: {why}"
+        f"{type(model).__name__} has no plan by which its tokens could be split over ranks: {why}. "
+        "Run it on one GPU, or pass a plan of your own as cp_plan"
     )
 
 

@@ -68,7 +68,10 @@ def bind(
         q, k, v = dense_last_axis(q), dense_last_axis(k), dense_last_axis(v)
         result, lse, *_ = invoke(function, q, k, v, out=out, **arguments)
         if return_lse and lse is None:
-            raise KernelUnavailableError("flash_attn_4 returned no log-sum-exp")
+            raise KernelUnavailableError(
+                "flash_attn_4 returned no log-sum-exp, though asked; call without, or say "
+                'kernel="auto"'
+            )
         return result, lse if return_lse else None
 
     return shielded(call)

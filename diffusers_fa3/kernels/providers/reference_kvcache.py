@@ -63,12 +63,17 @@ def kvcache(
         rows = rows if cache_batch_idx is None else cache_batch_idx.cpu()
         page_table = rows[:, None]
     elif cache_batch_idx is not None:
-        raise InputError("page_table and cache_batch_idx exclude each other")
+        raise InputError(
+            "page_table and cache_batch_idx exclude each other; got both. Leave one out"
+        )
     capacity = page_table.shape[1] * page_size
     lens = [capacity] * batch if cache_seqlens is None else cache_seqlens.tolist()
     new = 0 if k is None else k.shape[1]
     if max(lens, default=0) + new > capacity:
-        raise InputError(f"the cache holds {capacity} keys; {max(lens)} and {new} new do not fit")
+        raise InputError(
+            f"the cache holds {capacity} keys; {max(lens)} and {new} new do not fit. Make it "
+            "longer, or give more pages"
+        )
 
     if out is None:
         out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))

@@ -82,7 +82,9 @@ def load() -> Kernel:
     module = importlib.import_module("torch.nn.attention.varlen")
     names = read_signature(module.varlen_attn).names
     if "scale" not in names or "window_size" not in names:
-        raise KernelUnavailableError("torch.nn.attention.varlen takes a scale from torch 2.11 on")
+        raise KernelUnavailableError(
+            f"torch.nn.attention.varlen takes a scale from torch 2.11 on; got {torch.__version__}"
+        )
     into = getattr(module, "varlen_attn_out", None)
     limits = Limits(
         archs=("sm80", "sm90", "sm100", "sm110", "sm120"),

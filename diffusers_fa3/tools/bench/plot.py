@@ -74,7 +74,10 @@ def plot(rows: Sequence[Row], path: str) -> None:
     """
     drawn = panels(rows)
     if not drawn:
-        raise InputError(f"a plot needs {FEWEST} shares of valid text, or as many lengths")
+        raise InputError(
+            f"a plot needs {FEWEST} shares of valid text, or as many lengths; got {len(rows)} "
+            "calls that are none. Give more --valid, or --lengths"
+        )
     columns = min(len(drawn), 4)
     lines = -(-len(drawn) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.3 * lines + 0.4), layout="constrained")

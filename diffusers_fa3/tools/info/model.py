@@ -131,7 +131,8 @@ def build(folder: Path) -> nn.Module:
             model: nn.Module = make(config)
     except Exception as error:  # whatever is wrong with a configuration
         raise InputError(
-            f"{name} cannot be built from {folder / 'config.json'}: {error}"
+            f"{name} must build from {folder / 'config.json'}; got {type(error).__name__}: {error}"
+            ". Mend the file, or install the release of diffusers that made it"
         ) from error
     return model
 
@@ -140,9 +141,13 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
-        raise InputError(f"{file} must be JSON: {error}") from error
+        raise InputError(
+            f"{file} must be JSON; got {type(error).__name__}: {error}. Download it anew"
+        ) from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object; got {type(content).__name__}")
+        raise InputError(
+            f"{file} must hold a JSON object; got {type(content).__name__}. Download it anew"
+        )
     return content
 
 
