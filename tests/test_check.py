@@ -465,7 +465,7 @@ def test_what_cannot_be_checked_is_refused_in_words() -> None:
     with pytest.raises(UnsupportedModelError, match="no attention layer"):
         check_parity(nn.Linear(2, 2), {"input": torch.zeros(1, 2)})
     pipe.transformer._parallel_config = object()
-    with pytest.raises(InputError, match="split over ranks"):
+    with pytest.raises(InputError, match=r"check_parity runs on one process.*--ranks N"):
         check_parity(pipe, inputs)
 
 
@@ -544,7 +544,7 @@ def test_the_dict_is_ready_for_json_and_its_keys_are_documented() -> None:
     (call, *_) = found["layers"][0]["calls"]
     assert found["schema"] == 1
     assert {*call["ours"]} == {*call["default"]} == {*call["allowed"]} == NUMBERS
-    assert {*found["result"]} == {"ours", "other"}
+    assert {*found["result"]} == {"ours", "other", "on_ranks"}
     assert found["arguments"]["latents"] == "float32 (2, 16, 16)"
     text = (Path(__file__).parents[1] / "docs" / "check.md").read_text()
     for key in {*found, *found["layers"][0], *call, *found["result"], *NUMBERS}:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers_fa3.tools.check.budget import Errors
-    from diffusers_fa3.tools.check.parity import Call, Difference, Layer, Parity
+    from diffusers_fa3.tools.check.parity import Call, Difference, Layer, Parity, Raised
 
 SCHEMA = 1
 """The version of the keys: another one where a key is gone or means something else."""
@@ -26,6 +26,9 @@ def dict_of(parity: Parity) -> dict[str, Any]:
         "steps": [_difference_dict(step) for step in parity.drawn.steps],
         "result": parity.drawn.result and _difference_dict(parity.drawn.result),
         "note": parity.drawn.note,
+        "ranks": parity.ranks,
+        "split": parity.split,
+        "allowed_on_ranks": parity.drawn.allowed_on_ranks,
         "coverage": parity.coverage.to_dict(),
         "arguments": dict(parity.arguments),
         "machine": dict(parity.machine),
@@ -39,7 +42,7 @@ def _layer_dict(layer: Layer) -> dict[str, Any]:
         "passed": not layer.raised and all(call.passed for call in layer.calls),
         "fallbacks": dict(layer.fallbacks),
         "unswitchable": layer.unswitchable,
-        "raised": [raised.error for raised in layer.raised],
+        "raised": [_raised_words(raised) for raised in layer.raised],
         "calls": [_call_dict(call) for call in layer.calls],
     }
 
@@ -48,6 +51,7 @@ def _call_dict(call: Call) -> dict[str, Any]:
     measured = call.measured
     return {
         "run": call.run,
+        "rank": call.rank,
         "kernel": call.kernel,
         "route": call.route,
         "dtype": call.dtype,
@@ -62,11 +66,15 @@ def _call_dict(call: Call) -> dict[str, Any]:
     }
 
 
+def _raised_words(raised: Raised) -> str:
+    return raised.error if raised.rank is None else f"rank {raised.rank}: {raised.error}"
+
+
 def _difference_dict(difference: Difference) -> dict[str, Any]:
-    other = difference.other
+    extra = {"other": difference.other, "on_ranks": difference.on_ranks}
     return {
         "ours": _errors_dict(difference.ours),
-        "other": None if other is None else _errors_dict(other),
+        **{name: errors and _errors_dict(errors) for name, errors in extra.items()},
     }
 
 

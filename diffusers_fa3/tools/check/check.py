@@ -12,12 +12,12 @@ from torch import nn
 
 from diffusers_fa3.errors import InputError
 from diffusers_fa3.kernels import KernelChoice, available_kernels
-from diffusers_fa3.layers import coverage, disable_fa3, enable_fa3
-from diffusers_fa3.tools.check.drawn import Pictures, draw
+from diffusers_fa3.tools.check.by_layer import by_layer
+from diffusers_fa3.tools.check.drawn import Pictures, draw, drawn_of, pictures_of
 from diffusers_fa3.tools.check.kept import components_of, device_of, kept, modules_of
-from diffusers_fa3.tools.check.observed import Observer, observed
-from diffusers_fa3.tools.check.parity import Drawn, Layer, Parity
-from diffusers_fa3.tools.check.runs import arguments_of, must_run, run, words_of
+from diffusers_fa3.tools.check.observed import Observer, words_of_kernel
+from diffusers_fa3.tools.check.parity import UNCOMPARED, Drawn, Parity
+from diffusers_fa3.tools.check.runs import arguments_of, must_run, words_of
 
 STEPS = 4
 """Denoising steps: enough to see whether a difference grows."""
@@ -80,13 +80,15 @@ def check_parity(
     _refuse_split(pipe_or_model)
     arguments = arguments_of(pipe_or_model, inputs, prompts, steps)
     with kept(pipe_or_model):
-        _be_quiet(pipe_or_model)
-        found, report = _by_layer(pipe_or_model, arguments, kernel, layers, seed, on_progress)
+        be_quiet(pipe_or_model)
+        observer = Observer(lambda: on_progress("layer by layer"))
+        with must_run():
+            found, report = by_layer(pipe_or_model, arguments, kernel, layers, seed, observer)
         pictures: Pictures | None = None
         if any(layer.raised for layer in found):
-            drawn = Drawn((), None, "the whole is not compared, since the kernel did not serve")
+            drawn = Drawn((), None, UNCOMPARED)
         else:
-            drawn, report, pictures = draw(
+            runs, report = draw(
                 pipe_or_model,
                 arguments,
                 kernel=kernel,
@@ -94,66 +96,36 @@ def check_parity(
                 seed=seed,
                 on_step=on_progress,
             )
+            drawn = drawn_of(runs)
+            pictures = pictures_of(runs.default.result, runs.ours.result)
     return Parity(
         type(pipe_or_model).__name__,
-        kernel if isinstance(kernel, str) else str(getattr(kernel, "__name__", kernel)),
+        words_of_kernel(kernel),
         found,
         drawn,
         report,
         words_of({**arguments, "seed": seed}),
-        _machine(pipe_or_model),
+        machine_of(pipe_or_model),
         pictures,
     )
-
-
-def _by_layer(
-    pipe_or_model: Any,
-    arguments: Mapping[str, Any],
-    kernel: KernelChoice,
-    layers: Any,
-    seed: int,
-    on_progress: Callable[[str], None],
-) -> tuple[tuple[Layer, ...], Any]:
-    """Compare every attention call of one run on the default; and what the layers counted."""
-    disable_fa3(pipe_or_model)
-    enable_fa3(pipe_or_model, kernel=kernel, fallback="silent", layers=layers)
-    observer = Observer(lambda: on_progress("layer by layer"))
-    try:
-        with must_run(), observed(modules_of(pipe_or_model), observer):
-            run(pipe_or_model, arguments, seed, lambda: None)
-        report = coverage(pipe_or_model)
-    finally:
-        disable_fa3(pipe_or_model)
-    rows = [row for row in report.rows if row.kernel != "default" or row.unswitchable]
-    found = tuple(
-        Layer(
-            row.name,
-            row.processor,
-            tuple(call for call in observer.calls if call.layer == row.name),
-            tuple(raised for raised in observer.raised if raised.layer == row.name),
-            row.fallbacks,
-            row.unswitchable,
-        )
-        for row in rows
-    )
-    return found, report
 
 
 def _refuse_split(pipe_or_model: Any) -> None:
     split = (getattr(m, "_parallel_config", None) for m in modules_of(pipe_or_model))
     if any(config is not None for config in split):
         raise InputError(
-            "a check runs on one GPU; got a model that is split over ranks. Check it before "
-            "enable_parallelism"
+            "check_parity runs on one process; got a model that is split over ranks. Check it "
+            "before enable_parallelism, or have `diffusers-fa3 check MODEL --ranks N` split it"
         )
 
 
-def _be_quiet(pipe_or_model: Any) -> None:
+def be_quiet(pipe_or_model: Any) -> None:
+    """Keep a pipeline from showing a bar of its own."""
     if hasattr(pipe_or_model, "set_progress_bar_config"):
         pipe_or_model.set_progress_bar_config(disable=True)
 
 
-def _machine(pipe_or_model: Any) -> dict[str, str]:
+def machine_of(pipe_or_model: Any) -> dict[str, str]:
     """What is needed to repeat the check."""
     modules = [c for c in components_of(pipe_or_model).values() if isinstance(c, nn.Module)]
     weights = [weight for module in modules for weight in module.parameters()]

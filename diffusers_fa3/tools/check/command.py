@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffusers_fa3.errors import InputError
 from diffusers_fa3.kernels import PROVIDERS, check_choice
+
+if TYPE_CHECKING:
+    from diffusers_fa3.tools.check.parity import Parity
 
 CHECK = """\
 Run a pipeline of your own on its default attention and on this package, and compare: each attention
@@ -25,6 +24,7 @@ call with float64, on the inputs that it has in a run on the default; then laten
   diffusers-fa3 check black-forest-labs/FLUX.1-dev
   diffusers-fa3 check ./my-pipeline --prompt "a cat" --prompt "a house by a lake" --out DIR
   diffusers-fa3 check Wan-AI/Wan2.2-TI2V-5B-Diffusers --set num_frames=17 --kernel fa3_fwd --json
+  diffusers-fa3 check Qwen/Qwen-Image --ranks 4
 
 A call passes if its error is at most twice the default's own, plus a few roundings. Exit status: 0
 if all passed, 1 if not, 2 if the check cannot run.
@@ -35,10 +35,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-
-MOST = 300
-"""Characters of another library's error that are told."""
 
 
 def add_command(commands: Any) -> None:
@@ -74,29 +70,30 @@ def add_command(commands: Any) -> None:
     check.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, fp32 on a CPU")
     devices = ("cpu", "cuda")
     check.add_argument("--device", default=devices[torch.cuda.is_available()], choices=devices)
+    check.add_argument(
+        "--ranks",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="split the models over so many processes, on a GPU each; by default, they are not",
+    )
     check.add_argument("--out", type=Path, metavar="DIR", help="write a report into this folder")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _check(args: argparse.Namespace) -> int:
-    from diffusers_fa3.tools.check.check import check_parity
+    from diffusers_fa3.tools.check.processes import on_ranks
     from diffusers_fa3.tools.check.progress import progress_bar
     from diffusers_fa3.tools.check.report import as_json, write_report
 
     check_choice(args.kernel)
     command = sys.argv[1:]
     try:
-        with _quiet(), progress_bar() as advance:
-            pipe = _load(args)
-            parity = check_parity(
-                pipe,
-                dict(args.set),
-                kernel=args.kernel,
-                prompts=args.prompt,
-                steps=args.steps,
-                seed=args.seed,
-                on_progress=advance,
-            )
+        with progress_bar() as advance:
+            if args.ranks == 1:
+                parity = _on_one_process(args, advance)
+            else:
+                parity = on_ranks(_on_a_rank, args, args.ranks, args.device, advance)
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"the check needs more memory than the device has: {str(error).partition('. ')[0]}. "
@@ -110,41 +107,39 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if parity.passed else 1
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep diffusers and transformers from printing: bars of their own, and what they advise."""
-    libraries = [name for name in ("diffusers", "transformers") if find_spec(name) is not None]
-    logs: list[Any] = [import_module(f"{name}.utils.logging") for name in libraries]
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-        log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for log, level in zip(logs, levels):
-            log.enable_progress_bar()
-            log.set_verbosity(level)
+def _on_one_process(args: argparse.Namespace, on_progress: Callable[[str], None]) -> Parity:
+    from diffusers_fa3.tools.check.check import check_parity
+
+    return _loaded_and_checked(check_parity, args, torch.device(args.device), on_progress)
 
 
-def _load(args: argparse.Namespace) -> Any:
-    import diffusers
+def _on_a_rank(
+    args: argparse.Namespace, device: torch.device, on_progress: Callable[[str], None]
+) -> Parity:
+    from diffusers_fa3.tools.check.on_ranks import check_on_ranks
 
-    pipelines: Any = diffusers.DiffusionPipeline
-    dtype = DTYPES[args.dtype or ("bf16" if args.device == "cuda" else "fp32")]
-    try:
-        with warnings.catch_warnings():
-            # diffusers is about to rename the argument; older ones know no other name.
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-            pipe = pipelines.from_pretrained(args.model, torch_dtype=dtype)
-        return pipe.to(args.device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # from files, the hub and the classes that the pipeline names
-        raise InputError(
-            "MODEL must be a pipeline of diffusers that can be loaded, a folder or a name on the "
-            f"hub; got {args.model}: {type(error).__name__}: {str(error).strip()[:MOST]}"
-        ) from error
+    return _loaded_and_checked(check_on_ranks, args, device, on_progress)
+
+
+def _loaded_and_checked(
+    check: Callable[..., Parity],
+    args: argparse.Namespace,
+    device: torch.device,
+    on_progress: Callable[[str], None],
+) -> Parity:
+    from diffusers_fa3.tools.check.loading import load, quiet
+
+    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    with quiet():
+        return check(
+            load(args.model, dtype, device),
+            dict(args.set),
+            kernel=args.kernel,
+            prompts=args.prompt,
+            steps=args.steps,
+            seed=args.seed,
+            on_progress=on_progress,
+        )
 
 
 def _positive(text: str) -> int:

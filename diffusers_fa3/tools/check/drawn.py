@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,21 @@ class Pictures:
     ours: Array
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Three runs on one process, from the same noise."""
+
+    default: Run
+    ours: Run
+    """Empty if the kernel raised."""
+    other: Run | None
+    """The default on another of its backends; None if it fails there."""
+    raised: str
+    """The error with which the run on ours ended."""
+    notes: tuple[str, ...]
+    """What could not be compared, and why."""
+
+
 def draw(
     pipe_or_model: Any,
     arguments: Mapping[str, Any],
@@ -36,11 +51,11 @@ def draw(
     layers: Any,
     seed: int,
     on_step: Callable[[str], None],
-) -> tuple[Drawn, Any, Pictures | None]:
+) -> tuple[Runs, Any]:
     """Run three times: on the default, on ours, and on another of the default's backends.
 
     Returns:
-        What differs, the coverage of the run on ours, and the pictures if there are any.
+        The runs, and the coverage of that on ours.
     """
 
     def go(name: str) -> Run:
@@ -65,20 +80,37 @@ def draw(
             other = go("default, another backend")
     except Exception as error:  # a model may rely on one backend's layout; this run is an extra
         notes.append(f"the default fails on another backend: {type(error).__name__}: {error}")
-
-    steps = tuple(
-        _difference(*three)
-        for three in zip_longest(
-            default.latents, ours.latents, () if other is None else other.latents
-        )
-    )
-    result = _difference(default.result, ours.result, None if other is None else other.result)
-    if result is None and not raised:
+    if (default.result is None or ours.result is None) and not raised:
         notes.append("the result is not compared: it is no tensor, and no picture")
     if not default.latents and not isinstance(pipe_or_model, torch.nn.Module):
         notes.append("the pipeline does not hand out its latents by step")
-    drawn = Drawn(tuple(filter(None, steps)), result, "; ".join(notes), raised)
-    return drawn, report, _pictures(default.result, ours.result)
+    return Runs(default, ours, other, raised, tuple(notes)), report
+
+
+def drawn_of(runs: Runs, on_ranks: Run | None = None, rounding: float = 0.0) -> Drawn:
+    """What differs between the runs on one process, and that of ours on ranks if there is one."""
+
+    def difference(of: Callable[[Run], Array | None]) -> Difference | None:
+        default, ours = of(runs.default), of(runs.ours)
+        if default is None or ours is None:
+            return None
+        extra = (None if run is None else of(run) for run in (runs.other, on_ranks))
+        others = (None if found is None else _apart(default, found) for found in extra)
+        return Difference(_apart(default, ours), *others)
+
+    many = max(len(run.latents) for run in (runs.default, runs.ours))
+    steps = tuple(difference(partial(_latents, step=step)) for step in range(many))
+    return Drawn(
+        tuple(filter(None, steps)),
+        difference(lambda run: run.result),
+        "; ".join(runs.notes),
+        runs.raised,
+        rounding,
+    )
+
+
+def _latents(run: Run, step: int) -> Array | None:
+    return run.latents[step] if step < len(run.latents) else None
 
 
 @contextmanager
@@ -87,14 +119,6 @@ def other_backend() -> Iterator[None]:
     # Efficient attention does not lay out the logits; where it cannot serve, math does.
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         yield
-
-
-def _difference(
-    default: Array | None, ours: Array | None, other: Array | None
-) -> Difference | None:
-    if default is None or ours is None:
-        return None
-    return Difference(_apart(default, ours), None if other is None else _apart(default, other))
 
 
 def _apart(default: Array, found: Array) -> Errors:
@@ -110,7 +134,8 @@ def _apart(default: Array, found: Array) -> Errors:
     return Errors(float(error.max()) / unit, float(np.sqrt(np.square(error).mean())) / unit)
 
 
-def _pictures(default: Array | None, ours: Array | None) -> Pictures | None:
+def pictures_of(default: Array | None, ours: Array | None) -> Pictures | None:
+    """The results of two runs, if they are pictures or videos."""
     if default is None or ours is None or default.shape != ours.shape:
         return None
     coloured = default.ndim in (4, 5) and default.shape[-1] in (1, 3)

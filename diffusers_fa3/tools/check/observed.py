@@ -30,16 +30,29 @@ class Observer:
 
     on_call: Callable[[], None]
     """Called after each comparison."""
+    rank: int | None = None
+    """Of the process, where the model is split over several."""
     calls: list[Call] = field(default_factory=list)
     raised: list[Raised] = field(default_factory=list)
     runs: Counter[str] = field(default_factory=Counter)
     """Calls of each layer."""
+
+    def frame(
+        self, record: LayerRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ObservedFrame:
+        """A frame for a run of a layer's processor."""
+        return ObservedFrame(record, args, kwargs, self)
 
     def add(self, call: Call) -> None:
         """Keep a comparison."""
         self.calls.append(call)
         self.runs[call.layer] += 1
         self.on_call()
+
+    def note(self, record: LayerRecord, error: str) -> None:
+        """Keep an error of the kernel in a layer."""
+        kernel = words_of_kernel(record.settings.kernel)
+        self.raised.append(Raised(record.name, kernel, error, self.rank))
 
 
 class ObservedFrame(Frame):
@@ -88,14 +101,29 @@ class ObservedFrame(Frame):
             )
         except Exception as error:  # a kernel may raise any; the check tells
             words = f"raised {type(error).__name__}: {error}"
-            self.observer.raised.append(Raised(record.name, _words(record.settings.kernel), words))
+            self.observer.note(record, words)
             return None
         if ours is None:
             return None
+        return self.compare(q, k, v, laid_out(mask, q, k, axes_2d), scale, causal, ours, served)
+
+    def compare(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        causal: bool,
+        ours: Tensor,
+        served: Counter[tuple[str, str]],
+    ) -> Tensor:
+        """Compare a kernel's output with the default's, which is returned.
+
+        `served` is what kernels had served in this layer before; `mask` is from `laid_out`.
+        """
+        record = self.record
         ((kernel, route),) = (record.calls - served).keys()
-        if mask is not None:
-            sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-            mask = as_4d(mask.clone() if is_in_factors(mask) else mask, sizes, axes_2d)
         default = default_attention(q, k, v, mask, scale, causal)
         self.observer.add(
             Call(
@@ -108,12 +136,22 @@ class ObservedFrame(Frame):
                 k.shape[1],
                 "" if mask is None else f"{mask.dtype} {tuple(mask.shape)}".removeprefix("torch."),
                 measure(q, k, v, mask, scale, causal, default, ours),
+                self.observer.rank,
             )
         )
         return default
 
 
-def _words(kernel: Any) -> str:
+def laid_out(mask: Tensor | None, q: Tensor, k: Tensor, axes_2d: Axes2D) -> Tensor | None:
+    """A mask of these queries and keys with four axes, none of it in factors."""
+    if mask is None:
+        return None
+    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    return as_4d(mask.clone() if is_in_factors(mask) else mask, sizes, axes_2d)
+
+
+def words_of_kernel(kernel: Any) -> str:
+    """The name of a kernel that was asked for by name or is a function."""
     return kernel if isinstance(kernel, str) else str(getattr(kernel, "__name__", kernel))
 
 
@@ -152,7 +190,7 @@ def _observed_class(wrapped: type, observer: Observer) -> type:
     def __call__(self: FA3AttnProcessor, *args: Any, **kwargs: Any) -> Any:
         record = self._fa3
         begin(record, args)
-        with ObservedFrame(record, args, kwargs, observer):
+        with observer.frame(record, args, kwargs):
             return own_call(self, *args, **kwargs)
 
     members = {"__slots__": (), "__call__": __call__, "__module__": wrapped.__module__}

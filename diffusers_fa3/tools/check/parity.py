@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers_fa3.tools.check.as_dict import dict_of
-from diffusers_fa3.tools.check.budget import Errors, Measured
+from diffusers_fa3.tools.check.budget import Errors, Measured, allowed_on_ranks
 from diffusers_fa3.tools.check.table import table_of
+
+UNCOMPARED = "the whole is not compared, since the kernel did not serve"
 
 TOLD = 10
 """The most problems that are printed; the dict has all."""
@@ -31,6 +33,8 @@ class Call:
     mask: str
     """dtype and shape; empty without a mask."""
     measured: Measured
+    rank: int | None = None
+    """The process that made the call, where the model was split over several."""
 
     @property
     def passed(self) -> bool:
@@ -38,7 +42,8 @@ class Call:
         return self.measured.share <= 1
 
     def __str__(self) -> str:
-        what = f"{self.layer}, call {self.run}, on {self.kernel} ({self.route}): "
+        where = f"{self.layer}, call {self.run}{_of_rank(self.rank)}"
+        what = f"{where}, on {self.kernel} ({self.route}): "
         ours, allowed = self.measured.ours, self.measured.allowed
         if not math.isfinite(ours.largest):
             return f"{what}the output is not finite where the default's is"
@@ -60,9 +65,14 @@ class Raised:
     layer: str
     kernel: str
     error: str
+    rank: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.layer}, on {self.kernel}: {self.error}"
+        return f"{self.layer}{_of_rank(self.rank)}, on {self.kernel}: {self.error}"
+
+
+def _of_rank(rank: int | None) -> str:
+    return "" if rank is None else f", rank {rank}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,8 @@ class Difference:
     """Ours against the default."""
     other: Errors | None
     """The default on another backend of PyTorch, which is as right, against the default."""
+    on_ranks: Errors | None = None
+    """Ours on a model that is split over ranks, against the default on one process."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,22 @@ class Drawn:
     """What could not be compared, and why."""
     raised: str = ""
     """The error with which the run on ours ended."""
+    rounding: float = 0.0
+    """Of the model's dtype; by it and the differences, the end of the run on ranks is judged."""
+
+    @property
+    def end(self) -> tuple[str, Difference] | None:
+        """What the run on ranks is judged by: the last latents, or else the result."""
+        if self.steps:
+            return "the latents after the last step", self.steps[-1]
+        return None if self.result is None else ("the result", self.result)
+
+    @property
+    def allowed_on_ranks(self) -> float | None:
+        """How far the end of the run on ranks may be from the default's; None if there is none."""
+        if self.end is None or self.end[1].on_ranks is None:
+            return None
+        return allowed_on_ranks(self.end[1].ours, self.end[1].other, self.rounding)
 
 
 @dataclass(frozen=True)
@@ -123,6 +151,10 @@ class Parity:
     machine: Mapping[str, str]
     pictures: Any = field(default=None, repr=False, compare=False)
     """The pictures of both runs, for the report."""
+    ranks: int = 1
+    """The processes that the model was split over."""
+    split: str = ""
+    """How it was split: the arguments of diffusers' `ContextParallelConfig`."""
 
     @property
     def calls(self) -> int:
@@ -142,7 +174,7 @@ class Parity:
             found += [str(raised) for raised in layer.raised[:1]]
             if layer.worst is not None and not layer.worst.passed:
                 found.append(str(layer.worst))
-            if self.kernel != "auto":
+            if self.kernel != "auto" and not layer.raised:
                 found += [
                     f"{layer.name}: the default attention served {n} calls, though kernel "
                     f"{self.kernel} was asked for: {reason}"
@@ -157,7 +189,13 @@ class Parity:
         result = self.drawn.result
         if result is not None and not math.isfinite(result.ours.largest):
             found.append("the result on ours is not finite where the default's is")
-        return tuple(found)
+        return (*found, *_too_far(self.drawn, self.ranks))
+
+    @property
+    def where(self) -> str:
+        """The kernel that was asked for, and the ranks if there are several."""
+        ranks = f", on {self.ranks} ranks ({self.split})" if self.split else ""
+        return f"kernel {self.kernel}{ranks}"
 
     def to_dict(self) -> dict[str, Any]:
         """The check as plain dicts, lists, strings, numbers and bools; see docs/check.md."""
@@ -171,11 +209,27 @@ class Parity:
             [
                 table_of(self.layers),
                 *_steps_words(self.drawn),
-                f"{self.calls} calls compared with float64 on kernel {self.kernel}: {verdict}",
+                f"{self.calls} calls compared with float64 on {self.where}: {verdict}",
                 *(f"  {problem}" for problem in problems[:TOLD]),
                 *more,
             ]
         )
+
+
+def _too_far(drawn: Drawn, ranks: int) -> list[str]:
+    """What is wrong with the whole on ranks. Not finite is further than any number."""
+    allowed = drawn.allowed_on_ranks
+    if drawn.end is None or allowed is None:
+        return []
+    what, difference = drawn.end
+    found = difference.on_ranks
+    assert found is not None
+    if found.typical <= allowed:
+        return []
+    return [
+        f"ours on {ranks} ranks ends too far from the default on one process: {what}, by "
+        f"{found.typical:.1e}; {allowed:.1e} is allowed"
+    ]
 
 
 def _steps_words(drawn: Drawn) -> list[str]:
@@ -186,6 +240,11 @@ def _steps_words(drawn: Drawn) -> list[str]:
         + (
             f", another default backend by {difference.other.typical:.1e}"
             if difference.other is not None
+            else ""
+        )
+        + (
+            f", ours on ranks by {difference.on_ranks.typical:.1e}"
+            if difference.on_ranks is not None
             else ""
         )
         for what, difference in [*last, *result]

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from diffusers_fa3.tools.check.budget import Errors
 from diffusers_fa3.tools.check.parity import Call, Difference, Parity
 
-DEFAULT, OURS, ALLOWED, FAILED = "#0072B2", "#D55E00", "#555555", "#CC0000"
+DEFAULT, OURS, ON_RANKS = "#0072B2", "#D55E00", "#009E73"
+ALLOWED, FAILED = "#555555", "#CC0000"
 SMALLEST = 1e-12
 """What is drawn for an error of 0, which a logarithmic axis does not have."""
 
@@ -61,6 +62,9 @@ def _steps(axes: Axes, steps: Sequence[Difference]) -> None:
     others = [step.other for step in steps if step.other is not None]
     if len(others) == len(steps):
         lines["default on another backend"] = (DEFAULT, others)
+    on_ranks = [step.on_ranks for step in steps if step.on_ranks is not None]
+    if on_ranks:
+        lines["ours on ranks"] = (ON_RANKS, on_ranks)
     for name, (colour, errors) in lines.items():
         values = [_drawn(error, "typical") for error in errors]
         axes.plot(places, values, color=colour, label=name, marker="o", markersize=4)

@@ -64,7 +64,9 @@ def write_report(parity: Parity, folder: Path, command: Sequence[str]) -> None:
         (folder / "report.html").write_text(page_of(parity, plot, sheet, command), "utf-8")
         (folder / "report.json").write_text(as_json(parity, command), "utf-8")
     except OSError as error:
-        raise InputError(f"the report goes into a folder; cannot write it: {error}") from error
+        raise InputError(
+            f"the report goes into a folder; cannot write it: {error}. Give another one"
+        ) from error
 
 
 def as_json(parity: Parity, command: Sequence[str]) -> str:
@@ -79,7 +81,7 @@ def page_of(
     problems = "".join(f"<li>{html.escape(problem)}</li>" for problem in parity.problems)
     verdict = f"{'Passed' if parity.passed else 'Failed'}: {parity.calls} attention calls compared"
     return PAGE.format(
-        title=html.escape(f"{parity.model} on kernel {parity.kernel}"),
+        title=html.escape(f"{parity.model} on {parity.where}"),
         outcome="passed" if parity.passed else "failed",
         verdict=verdict,
         problems=f"<ul>{problems}</ul>" if problems else "",

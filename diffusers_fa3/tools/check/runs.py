@@ -116,16 +116,17 @@ def run(
 
 
 @contextmanager
-def must_run() -> Iterator[None]:
-    """Tell an error of the model itself as one of its arguments."""
+def must_run(
+    how: str = "on its default attention", mend: str = "Give the arguments that it needs"
+) -> Iterator[None]:
+    """Tell an error of the model itself as one of what it was given."""
     try:
         yield
     except (FA3Error, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise InputError(
-            f"the model must run on its default attention; got {type(error).__name__}: {error}. "
-            "Give the arguments that it needs"
+            f"the model must run {how}; got {type(error).__name__}: {error}. {mend}"
         ) from error
 
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusers_fa3.tools.check.parity import Layer
+    from diffusers_fa3.tools.check.parity import Call, Layer
 
 HEAD = ("layers", "", "calls", "kernel", "default", "ours", "allowed", "share", "")
+RANK = "of rank"
+"""Head of the last column, where a model was split over ranks: whose the worst call is."""
 
 
 def table_of(layers: Sequence[Layer]) -> str:
@@ -38,7 +40,9 @@ def rows_of(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
         groups.setdefault(_likeness(layer), []).append(layer)
-    return [HEAD, *(_row(members) for members in groups.values())]
+    rows = [HEAD, *(_row(members) for members in groups.values())]
+    ranks = [RANK, *(_rank_of_worst(members) for members in groups.values())]
+    return [(*row, rank) for row, rank in zip(rows, ranks)] if any(ranks[1:]) else rows
 
 
 def _likeness(layer: Layer) -> tuple[object, ...]:
@@ -59,16 +63,27 @@ def _served(layer: Layer) -> str:
     return ", ".join([*served, *default]) or (layer.raised[0].kernel if layer.raised else "none")
 
 
+def _rank_of_worst(members: Sequence[Layer]) -> str:
+    raised = members[0].raised
+    worst = raised[0] if raised else _worst(members)
+    return "" if worst is None or worst.rank is None else str(worst.rank)
+
+
+def _worst(members: Sequence[Layer]) -> Call | None:
+    calls = [call for layer in members for call in layer.calls]
+    return max(calls, key=lambda call: call.measured.share, default=None)
+
+
 def _row(members: list[Layer]) -> tuple[str, ...]:
     first = members[0]
     name = first.name if len(members) == 1 else _pattern(first.name)
-    calls = [call for layer in members for call in layer.calls]
-    head = name, f"x{len(members)}", str(len(calls)), _served(first)
+    worst = _worst(members)
+    many = sum(len(layer.calls) for layer in members)
+    head = name, f"x{len(members)}", str(many), _served(first)
     if first.raised:
         return *head, "", "", "", "", "RAISED"
-    if not calls:
+    if worst is None:
         return *head, "", "", "", "", "not compared"
-    worst = max(calls, key=lambda call: call.measured.share)
     measured = worst.measured
     return (
         *head,
