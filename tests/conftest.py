@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ TABLE = pytest.StashKey[str]()
 def pytest_configure(config: pytest.Config) -> None:
     """Use one thread per process: more would wait for each other, and the models are tiny."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of programs that tests start
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,21 +1,26 @@
 """Run a function on several processes that can reach each other by gloo, bounded in time.
 
-A fresh interpreter imports what is needed once and forks the ranks, so that a test pays for one
-import. What the ranks return comes back as a list; an error of any of them fails the test.
+A second interpreter imports what is needed, once for all tests of this process, and does nothing
+else but fork. Each call has it fork a leader of a session of its own, which forks the ranks. What
+the ranks return comes back as a list; an error of any of them fails the test.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
+import json
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,18 +43,15 @@ def run(function: str, world: int, *args: Any, timeout: int = 60) -> list[Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "args").write_bytes(pickle.dumps(args))
-        ranks = subprocess.Popen(
-            [sys.executable, __file__, function, str(world), folder, str(timeout)],
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            said, _ = ranks.communicate(timeout=ENDED)
-        finally:
-            end_all(ranks.pid)
+        asked = {"function": function, "world": world, "folder": folder, "timeout": timeout}
+        forks = _forks()
+        forks.stdin.write(json.dumps({**asked, "env": _env()}) + "\n")
+        leader = int(forks.stdout.readline())
+        ended, _, _ = select.select([forks.stdout], [], [], ENDED)
+        end_all(leader)
+        assert forks.stdout.readline() == "ended\n"
+        said = Path(folder, "said").read_text()
+        assert ended, f"not ended within {ENDED} seconds:\n{said}"
         files = [Path(folder, str(rank)) for rank in range(world)]
         assert all(file.exists() for file in files), said
         return [pickle.loads(file.read_bytes()) for file in files]
@@ -62,6 +64,26 @@ def results(function: str, world: int, *args: Any, timeout: int = 60) -> list[An
         if isinstance(answer, Exception):
             raise answer
     return answers
+
+
+@cache
+def _forks() -> Any:
+    """The interpreter that forks; it ends with this process, which holds its standard input."""
+    forks = subprocess.Popen(
+        [sys.executable, __file__],
+        env=_env(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        start_new_session=True,
+    )
+    atexit.register(forks.communicate)  # closes its input, and waits for it
+    return forks
+
+
+def _env() -> dict[str, str]:
+    return {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
 def end_all(session: int) -> None:
@@ -108,6 +130,26 @@ def known(modes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(filter(is_known, modes))
 
 
+def _lead(function: Any, world: int, folder: str, timeout: int, env: dict[str, str]) -> None:
+    """Fork the ranks, in a session of their own, and wait for them. Does not return."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    said = os.open(Path(folder, "said"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            _rank(rank, world, function, folder, timeout)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    os._exit(0)
+
+
 def _rank(rank: int, world: int, function: Any, folder: str, timeout: int) -> None:
     torch.set_num_threads(1)
     args = pickle.loads(Path(folder, "args").read_bytes())
@@ -134,13 +176,15 @@ def _rank(rank: int, world: int, function: Any, folder: str, timeout: int) -> No
 
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples")]
-    module, name = sys.argv[1].split(":")
-    called = getattr(importlib.import_module(module), name)
-    children = []
-    for i in range(int(sys.argv[2])):
-        child = os.fork()
-        if not child:
-            _rank(i, int(sys.argv[2]), called, sys.argv[3], int(sys.argv[4]))
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what is imported may print
+    for line in sys.stdin:
+        call = json.loads(line)
+        place, name = call["function"].split(":")
+        called = getattr(importlib.import_module(place), name)
+        leader = os.fork()
+        if not leader:
+            _lead(called, **{key: call[key] for key in ("world", "folder", "timeout", "env")})
+        print(leader, file=replies)
+        os.waitpid(leader, 0)
+        print("ended", file=replies)

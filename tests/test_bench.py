@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -44,7 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [command, "bench", *options, *files, "--model", "all"],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=100,
     )
     assert done.returncode == 0, done.stdout + done.stderr

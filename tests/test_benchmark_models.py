@@ -41,7 +41,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, PROGRAM, *small, *args],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=100,
     )
 

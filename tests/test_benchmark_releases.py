@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ def run(before: Path, *options: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, PROGRAM, before, *small, "--models", "pixart", *options],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=100,
     )
 

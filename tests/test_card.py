@@ -495,9 +495,7 @@ def test_each_report_in_the_place_of_the_other_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=r"a parity report has schema 1; .* has none"):
         write_card(digits, parity=speed)
-    with pytest.raises(
-        InputError, match=r"cases in .* must be a list; got nothing. Give a file "
-    ):
+    with pytest.raises(InputError, match=r"cases in .* must be a list; got nothing. Give a file "):
         write_card(digits, speed=parity)
 
 

@@ -28,7 +28,7 @@ def run(program: str, *args: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, ROOT / "examples" / program, *args],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
         timeout=100,
     )
 

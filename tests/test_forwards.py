@@ -162,7 +162,7 @@ def test_a_mask_received_from_another_rank_is_read(name: str, tmp_path: Path) ->
     script.write_text(RANKS.format(path=[str(HERE), str(HERE.parent)], name=name))
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "rendezvous")],
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
         timeout=120,
