@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from diffusers_fa3.attention import attention
+from diffusers_fa3.call import attention
 from diffusers_fa3.errors import (
     FA3Error,
     FallbackWarning,

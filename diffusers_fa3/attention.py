@@ -6,7 +6,6 @@ lengths, D head size (Dv of v), T packed tokens. Layout (B, S, H, D).
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 
 from diffusers_fa3.errors import (
     FA3Error,
-    FallbackWarning,
     InputError,
     KernelUnavailableError,
     MaskError,
@@ -61,6 +59,8 @@ class Served(NamedTuple):
     lse: Tensor | None
     kernel: str
     route: str
+    lead: float = 0.0
+    """Where `kernel="fastest"` chose this kernel: how many times as long the second best takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,9 @@ class Declined:
 
     reason: str
     error: FA3Error
+    lead: float = 0.0
+    """Where `kernel="fastest"` chose PyTorch's attention: how many times as long the second best
+    takes. It is no error then."""
 
 
 def attend(
@@ -131,7 +134,7 @@ def attend(
     elif isinstance(mask, PackingPlan):
         plan = mask
     else:
-        plan = _plan(mask, sizes, axes_2d, chosen.seqused_k, pack_queries, find_plan)
+        plan = plan_of(mask, sizes, axes_2d, chosen.seqused_k, pack_queries, find_plan)
     if isinstance(plan, Opaque):
         return no_kernel_takes(plan.reason, MaskError)
 
@@ -179,67 +182,6 @@ def _launch(
     return plan.unpack(result, out), None if lse is None else plan.unpack_lse(lse)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | PackingPlan | None = None,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    kernel: KernelChoice = "auto",
-    out: Tensor | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of q over the keys that `mask` leaves valid, on a variable-length kernel.
-
-    Equal to `scaled_dot_product_attention` with the same mask. A row without any valid key is 0.
-    Values at padded keys never matter, not even NaN or inf.
-
-    Args:
-        q: (B, Sq, H, D). Under `torch.autocast`, q, k and v are cast as PyTorch's attention does.
-        k: (B, Sk, Hk, D), of q's dtype and device; H is a multiple of Hk.
-        v: (B, Sk, Hk, Dv), likewise.
-        mask: None; or bool (True: the key is seen), int (0 or 1) or additive float (0 or <= -1e4),
-            of shape (Sk), (B, Sk), (B, 1, 1, Sk), (B, H, 1, Sk), (B, 1, Sq, Sk) or (B, H, Sq, Sk);
-            or a plan that `plan_packing` made of such a mask, which is then not read again.
-        scale: factor of the logits; None is D ** -0.5.
-        causal: query i sees keys up to i. Needs Sq = Sk and no mask.
-        kernel: "auto", a name from `available_kernels()`, or a function with FlashAttention's
-            arguments. A name or function is used, or the call is refused. "auto" takes the best
-            installed kernel. Where no kernel can serve, or packing cannot express the mask, "auto"
-            takes PyTorch's attention, with a `FallbackWarning` that says why.
-        out: (B, Sq, H, Dv), of q's dtype; receives the result and is returned. Not with autograd.
-        return_lse: also return the log-sum-exp of the logits, fp32 (B, H, Sq), natural log; -inf in
-            rows without a valid key. PyTorch's attention has no log-sum-exp, so such a call is
-            served by a kernel or refused.
-
-    Raises:
-        InputError: shapes, dtypes or devices that do not belong together; an unfit `out`.
-        MaskError: the mask does not broadcast or lies on another device; or, with `kernel` given
-            or `return_lse`, packing cannot express it.
-        KernelUnavailableError: the asked-for kernel cannot serve, with every reason.
-
-    Example:
-        >>> import torch
-        >>> from diffusers_fa3 import attention
-        >>> q, k, v = torch.randn(3, 2, 6, 4, 8)  # (B, S, H, D)
-        >>> padding = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 1, 1]])  # (B, Sk)
-        >>> attention(q, k, v, padding).shape
-        torch.Size([2, 6, 4, 8])
-    """
-    answer = attend(
-        q, k, v, mask, scale=scale, causal=causal, kernel=kernel, out=out, return_lse=return_lse
-    )
-    if isinstance(answer, Declined):
-        if kernel != "auto" or return_lse or isinstance(mask, PackingPlan):
-            raise answer.error
-        warnings.warn(f"PyTorch's attention serves: {answer.reason}", FallbackWarning, stacklevel=2)
-        result = default_attention(q, k, v, mask, scale, causal)
-        return result if out is None else out.copy_(result)
-    return answer.out if answer.lse is None else (answer.out, answer.lse)
-
-
 def _choose(
     request: Request, device: torch.device, kernel: KernelChoice, switch_id: int, compiling: bool
 ) -> Kernel | GraphKernel | Declined:
@@ -265,7 +207,7 @@ def no_kernel_takes(reason: str, error: type[InputError] = InputError) -> Declin
     return Declined(reason, error(words))
 
 
-def _plan(
+def plan_of(
     mask: Tensor,
     sizes: tuple[int, int, int, int],
     axes_2d: Axes2D,
@@ -273,6 +215,7 @@ def _plan(
     pack_queries: bool,
     find_plan: FindPlan | None,
 ) -> Plan:
+    """The plan of a mask for a kernel with or without `seqused_k`; arguments as of `attend`."""
     if unreadable := why_unreadable(mask):
         return Opaque(unreadable)
     in_graph = _is_recorded(mask)

@@ -100,6 +100,11 @@ def _check_mask(mask: Tensor | PackingPlan, q: Tensor, k: Tensor) -> None:
                 f"the mask lies where q does; got {mask.device} and {q.device}. Move the mask"
             )
         return
+    if not isinstance(mask, PackingPlan):
+        raise InputError(
+            f"mask is a tensor, a plan of plan_packing, or None; got {type(mask).__name__}. Make a "
+            "tensor of it: torch.tensor(mask, device=q.device)"
+        )
     planned = (mask.batch, mask.q_len, mask.k_len)
     if planned != (q.shape[0], q.shape[1], k.shape[1]):
         raise MaskError(

@@ -92,6 +92,8 @@ class Row:
     routes: dict[str, int] = field(default_factory=dict)
     """Attention calls of one forward on a kernel."""
     fallbacks: int = 0
+    choices: dict[str, int] = field(default_factory=dict)
+    """With --kernel fastest: who was chosen in how many of these calls."""
     plans_made: int = 0
     plans_reused: int = 0
     graphs: int | None = None
@@ -131,12 +133,15 @@ class Switch:
         """What ours, which is on, did so far, as a row has it."""
         done = coverage(self.network)
         routes: Counter[str] = Counter()
+        choices: Counter[str] = Counter()
         for layer in done.rows:
             routes.update(layer.calls)
+            choices.update(layer.choices)
         return {
             "kernels": tuple(sorted({layer.kernel for layer in done.rows if layer.calls})),
             "routes": dict(routes),
             "fallbacks": done.fallbacks,
+            "choices": dict(choices),
             "plans_made": done.plans_made,
             "plans_reused": done.plans_reused,
         }
@@ -276,6 +281,7 @@ def cells(row: Row) -> tuple[str, ...]:
     )
     calls = [f"{route} {count}" for route, count in row.routes.items()]
     calls += [f"default {row.fallbacks}"] if row.fallbacks else []
+    calls += [f"the fastest: {choice}, {count} times" for choice, count in row.choices.items()]
     if row.graphs is not None:
         calls += [f"{row.graphs} graphs, {row.graph_breaks} breaks"]
     calls += [row.failed] if row.failed else []
@@ -296,7 +302,7 @@ def cells(row: Row) -> tuple[str, ...]:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     names = [model.name for model in MODELS]
-    kernels = ["auto", *(row.name for row in available_kernels())]
+    kernels = ["auto", "fastest", *(row.name for row in available_kernels())]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -23,6 +23,7 @@ from diffusers_fa3 import (
     coverage,
     disable_fa3,
     enable_fa3,
+    flash_attn_varlen_func,
 )
 
 
@@ -53,6 +54,7 @@ def test_coverage_is_json_and_a_table() -> None:
     assert report.to_dict() == {
         "calls": LAYERS,
         "fallbacks": 0,
+        "chosen_default": 0,
         "plans": {"made": 0, "reused": 0},
         "layers": [
             {
@@ -61,6 +63,7 @@ def test_coverage_is_json_and_a_table() -> None:
                 "kernel": "reference",
                 "calls": {"dense": 1},
                 "fallbacks": {},
+                "choices": {},
                 "replaced": False,
                 "skipped": 0,
                 "unswitchable": "",
@@ -178,6 +181,12 @@ def test_all_denoisers_of_a_pipeline_are_switched() -> None:
 
 
 # --- a part of the layers ------------------------------------------------------------------------
+
+
+def test_a_function_as_kernel_has_its_name_in_coverage_before_the_first_call() -> None:
+    model = flux()
+    enable_fa3(model, kernel=flash_attn_varlen_func)
+    assert {row.kernel for row in coverage(model).rows} == {"flash_attn_varlen_func"}
 
 
 @pytest.mark.parametrize(

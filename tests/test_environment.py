@@ -18,6 +18,7 @@ from diffusers_fa3 import (
     enable_fa3,
     register,
 )
+from diffusers_fa3.layers.record import Settings
 
 KERNEL, FALLBACK = "DIFFUSERS_FA3_KERNEL", "DIFFUSERS_FA3_FALLBACK"
 BIAS = torch.rand(1, 5, 5)  # for every query and key: no kernel takes it
@@ -39,6 +40,12 @@ def test_the_kernel_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) 
     enable_fa3(switched)
     assert switched.processor._fa3.settings.kernel == "reference"
     assert FA3AttnProcessor(AttnProcessor2_0())._fa3.settings.kernel == "reference"
+
+
+def test_an_empty_value_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNEL, "")
+    monkeypatch.setenv(FALLBACK, "")
+    assert Settings.asked(None, None) == Settings("auto", "warn")
 
 
 def test_what_is_given_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

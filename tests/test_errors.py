@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from switching import BY_NAME
 from torch import Tensor, nn
@@ -296,6 +297,31 @@ CALLS: list[tuple[Callable[[], object], type[FA3Error], str]] = [
         lambda: attention(*qkv(), torch.ones(1, 4, dtype=torch.bool, device="meta")),
         MaskError,
         "the mask lies where q does; got meta and cpu. Move the mask",
+    ),
+    (
+        lambda: attention(*qkv(), [[1]]),
+        InputError,
+        "mask is a tensor, a plan of plan_packing, or None; got list",
+    ),
+    (
+        lambda: plan_packing(None, batch=2, q_len=-1, k_len=6),
+        InputError,
+        "batch, heads, q_len and k_len are 0 or more; got 2, 1, -1 and 6",
+    ),
+    (
+        lambda: enable_fa3(nn.Linear(2, 2), layers="("),
+        InputError,
+        r"or a function of a layer's name and module; got '\(': missing",
+    ),
+    (
+        lambda: enable_fa3(nn.Linear(2, 2), layers=["a"]),
+        InputError,
+        "or a function of a layer's name and module; got list. Of names, make one: ",
+    ),
+    (
+        lambda: cp_plan(FluxPipeline),
+        UnsupportedModelError,
+        "cp_plan takes one diffusers model; got type. Of a pipeline, pass",
     ),
     (
         lambda: in_varlen(qkv()[0], *qkv(head_dim=16)[1:]),

@@ -12,6 +12,7 @@ from diffusers_fa3.kernels.table import KernelTable
 _selector = Selector(PROVIDERS)
 select = _selector.select
 check_choice = _selector.check_choice
+rivals = _selector.rivals
 kernel_named = _selector.kernel_named
 
 

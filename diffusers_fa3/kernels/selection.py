@@ -23,7 +23,11 @@ from diffusers_fa3.kernels.public_function import wrap_callable
 from diffusers_fa3.kernels.table import KernelRow, KernelTable
 
 KernelChoice = str | Callable[..., Any]
-"""`"auto"`, a name from `available_kernels()`, or a function with FlashAttention's arguments."""
+"""`"auto"`, `"fastest"`, a name from `available_kernels()`, or a function with FlashAttention's
+arguments."""
+
+AUTOMATIC = ("auto", "fastest")
+"""Choices that name no kernel. Selection knows them as one: only `fastest.py` tells them apart."""
 
 CALLABLES_KEPT = 16
 """The most functions given as `kernel` whose wrapping is kept; a model uses one."""
@@ -52,6 +56,7 @@ class Selector:
         self._providers = {provider.name: provider for provider in providers}
         self._loaded: dict[str, Kernel | Exception] = {}
         self._answers: dict[tuple[Request, Machine, str], Kernel | _Refusal] = {}
+        self._rivals: dict[tuple[Request, Machine], tuple[str, ...]] = {}
         self._callables: OrderedDict[tuple[int, int], tuple[Kernel, _Answers]] = OrderedDict()
 
     def select(self, request: Request, machine: Machine, kernel: KernelChoice = "auto") -> Kernel:
@@ -60,8 +65,8 @@ class Selector:
         Args:
             request: what the call asks.
             machine: where the call runs, from `read_machine`.
-            kernel: "auto" takes the first provider whose kernel can serve. With a name or a
-                function, only that kernel may serve.
+            kernel: "auto", and "fastest" here, takes the first provider whose kernel can serve.
+                With a name or a function, only that kernel may serve.
 
         Raises:
             KernelUnavailableError: no kernel can serve, or the kernel asked for cannot. The message
@@ -72,7 +77,7 @@ class Selector:
         if isinstance(kernel, str):
             answer = self._answers.get((request, machine, kernel))
             if answer is None:
-                decide = self._decide_auto if kernel == "auto" else self._decide_named
+                decide = self._decide_auto if kernel in AUTOMATIC else self._decide_named
                 answer = self._answers[request, machine, kernel] = decide(request, machine, kernel)
         else:
             wrapped, answers = self._wrapped(kernel)
@@ -87,8 +92,17 @@ class Selector:
         """Raise KernelUnavailableError if `kernel` cannot be loaded or called at all."""
         if not isinstance(kernel, str):
             self._wrapped(kernel)
-        elif kernel != "auto":
+        elif kernel not in AUTOMATIC:
             self.kernel_named(kernel)
+
+    def rivals(self, request: Request, machine: Machine) -> tuple[str, ...]:
+        """The kernels that "auto" may take for a call, by name, the best one first."""
+        names = self._rivals.get((request, machine))
+        if names is None:
+            offers = ((p.name, self._offer(p, request, machine)) for p in self._providers.values())
+            names = tuple(name for name, offer in offers if isinstance(offer, Kernel))
+            self._rivals[request, machine] = names
+        return names
 
     def kernel_named(self, name: str) -> Kernel:
         """The loaded kernel of that name, even if it cannot serve on this machine.
@@ -152,7 +166,7 @@ class Selector:
     def _find(self, name: str) -> Kernel | _Refusal:
         provider = self._providers.get(name)
         if provider is None:
-            known = ", ".join(("auto", *self._providers))
+            known = ", ".join((*AUTOMATIC, *self._providers))
             words = f'no kernel is called "{name}"; kernel is one of {known}, or a function'
             return _Refusal(words, words)
         loaded = self._load(provider)

@@ -117,7 +117,7 @@ def _why_not_dispatched(
     """Why the call must go to another backend; empty if a kernel may serve it."""
     pinned = getattr(backend, "value", backend)
     if pinned not in (None, "fa3"):
-        return f"the layer is set to backend {pinned}"
+        return f"the layer is set to backend {pinned}, until reset_attention_backend"
     if attention_kwargs or later:
         return f"options for one backend: {', '.join([*(attention_kwargs or ()), *later])}"
     return ""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
-from diffusers_fa3.kernels import declined, executed
+from diffusers_fa3.kernels import declined, executed, name_of
 from diffusers_fa3.layers.record import LayerRecord
 
 
@@ -26,6 +26,10 @@ class Row:
     """Calls that a kernel served, by route."""
     fallbacks: dict[str, int]
     """Calls that the default attention served, by reason."""
+    choices: dict[str, int] = field(default_factory=dict)
+    """With `kernel="fastest"`: calls by who was the fastest, and how many times as long the second
+    best takes: "default, 1.2x". Those of kernels are among `calls`, those of the default are not
+    among `fallbacks`."""
     replaced: bool = False
     """Since the switch, the layer got another processor, which is not switched."""
     skipped: int = 0
@@ -53,11 +57,17 @@ class Coverage:
         """Attention calls that the default attention served since the layer was switched."""
         return sum(sum(row.fallbacks.values()) for row in self.rows)
 
+    @property
+    def chosen_default(self) -> int:
+        """Attention calls that the default attention served because it was the fastest."""
+        return sum(map(_chosen_default, self.rows))
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings, ints and bools."""
         return {
             "calls": self.calls,
             "fallbacks": self.fallbacks,
+            "chosen_default": self.chosen_default,
             "plans": {"made": self.plans_made, "reused": self.plans_reused},
             "layers": [asdict(row) for row in self.rows],
         }
@@ -71,8 +81,11 @@ class Coverage:
             for line in lines
         ]
         reasons: Counter[str] = Counter()
+        choices: Counter[str] = Counter()
         for row in self.rows:
             reasons.update(row.fallbacks)
+            choices.update(row.choices)
+        chosen = f", {self.chosen_default} there by choice" if self.chosen_default else ""
         skipped = sum(row.skipped for row in self.rows)
         unswitchable = Counter(row.unswitchable for row in self.rows if row.unswitchable)
         replaced = sum(row.replaced for row in self.rows)
@@ -80,8 +93,9 @@ class Coverage:
         return "\n".join(
             [
                 *table,
-                f"{self.calls} calls on a kernel, {self.fallbacks} on the default attention; "
-                f"{self.plans_made} plans made, {self.plans_reused} reused",
+                f"{self.calls} calls on a kernel, {self.fallbacks} on the default attention{chosen}"
+                f"; {self.plans_made} plans made, {self.plans_reused} reused",
+                *(f"the fastest, {n} times: {choice}" for choice, n in choices.items()),
                 *(f"default attention, {n} times: {reason}" for reason, n in reasons.items()),
                 *(
                     f"default attention, not counted, in {n} layers: {reason}"
@@ -114,7 +128,7 @@ def compiled_row(switch_id: int) -> Row | None:
 def row_of_unswitched(name: str, processor: Any, replaced: bool, unswitchable: str) -> Row:
     """The row of a layer that is not switched."""
     name_of_class = type(processor).__name__
-    return Row(name, name_of_class, "default", {}, {}, replaced, unswitchable=unswitchable)
+    return Row(name, name_of_class, "default", {}, {}, replaced=replaced, unswitchable=unswitchable)
 
 
 def row_of(name: str, record: LayerRecord) -> Row:
@@ -127,11 +141,16 @@ def row_of(name: str, record: LayerRecord) -> Row:
     return Row(
         name,
         type(record.processor).__name__,
-        ", ".join(kernels) or (asked if isinstance(asked, str) else repr(asked)),
+        ", ".join(kernels) or (asked if isinstance(asked, str) else name_of(asked)),
         dict(routes),
         dict(record.fallbacks),
+        dict(record.choices),
         skipped=record.skipped,
     )
+
+
+def _chosen_default(row: Row) -> int:
+    return sum(n for choice, n in row.choices.items() if choice.startswith("default, "))
 
 
 @dataclass(frozen=True)
@@ -146,7 +165,7 @@ def _alike(rows: tuple[Row, ...]) -> list[_Group]:
     def likeness(row: Row) -> tuple[object, ...]:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
         why_default = row.replaced, row.unswitchable
-        counts = str(row.calls), str(row.fallbacks)
+        counts = str(row.calls), str(row.fallbacks), str(_chosen_default(row))
         return pattern, row.processor, row.kernel, *why_default, *counts
 
     order = {key: i for i, key in enumerate(dict.fromkeys(map(likeness, rows)))}
@@ -159,7 +178,7 @@ def _cells(group: _Group) -> tuple[str, ...]:
     routes: Counter[str] = Counter()
     for row in group.rows:
         routes.update(row.calls)
-        routes["default"] += sum(row.fallbacks.values())
+        routes["default"] += sum(row.fallbacks.values()) + _chosen_default(row)
     name = first.name if len(group.rows) == 1 else group.pattern
     counted = ", ".join(f"{route} {count}" for route, count in routes.items() if count)
     return name, f"x{len(group.rows)}", first.processor, first.kernel, counted or _uncounted(first)

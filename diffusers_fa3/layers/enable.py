@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_fa3.errors import FallbackWarning, UnsupportedModelError
+from diffusers_fa3.errors import FallbackWarning, InputError, UnsupportedModelError
 from diffusers_fa3.kernels import KernelChoice
 from diffusers_fa3.layers.block_masks import lay_out_masks_of, spread_masks_of
 from diffusers_fa3.layers.coverage_report import (
@@ -67,9 +67,10 @@ def enable_fa3(
             Of a pipeline, the denoisers are switched: the components with transformer, unet,
             controlnet, prior or super_res in their name, and those that begin with decoder. The VAE
             and the text encoders are not; pass them by themselves.
-        kernel: "auto", the best that is installed; or a name from `available_kernels()`, or a
-            function with FlashAttention's arguments, which is used or refused. None: the
-            environment variable `DIFFUSERS_FA3_KERNEL`, or else "auto".
+        kernel: "auto", the best that is installed; "fastest", which times the kernels that "auto"
+            may take and the default attention on the first call of each kind; or a name from
+            `available_kernels()`, or a function with FlashAttention's arguments, which is used or
+            refused. None: the environment variable `DIFFUSERS_FA3_KERNEL`, or else "auto".
         fallback: how a call is told that no kernel can serve and that the default attention serves
             instead. Every such call is counted. "warn" also warns once for each processor class and
             reason, "error" raises instead of serving, "silent" does neither. A layer that cannot be
@@ -92,7 +93,7 @@ def enable_fa3(
             of those can be switched; with fallback="error", one of them cannot be; or
             `pack_queries` for a model that is not known to leave padded tokens unread.
         KernelUnavailableError: `kernel` is not a known name, or is not installed.
-        InputError: an unknown `fallback`.
+        InputError: an unknown `fallback`, or `layers` that is none of these.
         Nothing is switched in any of these cases.
 
     Example:
@@ -109,6 +110,7 @@ def enable_fa3(
         >>> disable_fa3(block)
     """
     settings = Settings.asked(kernel, fallback)
+    _check_filter(layers)
     found = dict(attention_layers(pipe_or_model))
     selected = {name: layer for name, layer in found.items() if _selects(layers, name, layer)}
     if not selected:
@@ -277,6 +279,22 @@ def _for_every_module(pipe_or_model: Any, do: Callable[[nn.Module], None]) -> No
     for _, model in models_of(pipe_or_model):
         for module in model.modules():
             do(module)
+
+
+def _check_filter(layers: LayerFilter | None) -> None:
+    rule = "layers is a regular expression, or a function of a layer's name and module"
+    if isinstance(layers, str):
+        try:
+            re.compile(layers)
+        except re.error as error:
+            raise InputError(
+                f"{rule}; got {layers!r}: {error}. Escape what is no pattern by re.escape"
+            ) from error
+    elif layers is not None and not callable(layers):
+        raise InputError(
+            f"{rule}; got {type(layers).__name__}. Of names, make one: "
+            "'|'.join(map(re.escape, names))"
+        )
 
 
 def _selects(layers: LayerFilter | None, name: str, layer: nn.Module) -> bool:

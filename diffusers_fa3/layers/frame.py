@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_fa3.attention import Declined, Served, attend, no_kernel_takes
 from diffusers_fa3.errors import InputError, ParallelError, UnsupportedModelError
+from diffusers_fa3.fastest import FASTEST, attend_fastest
 from diffusers_fa3.kernels import needs_grad
 from diffusers_fa3.layers.given import arguments_of, read_arguments
 from diffusers_fa3.layers.record import LayerRecord
@@ -92,8 +93,9 @@ class Frame:
             return None
         self.attention_calls += 1
         answer: Served | Declined
+        serve = attend_fastest if record.settings.kernel == FASTEST else attend
         try:
-            answer = attend(
+            answer = serve(
                 q,
                 k,
                 v,
@@ -109,10 +111,9 @@ class Frame:
         except InputError as error:
             answer = Declined(str(error), error)
         if isinstance(answer, Declined):
-            record.decline(answer.reason, answer.error)
+            self._leave(answer)
             return None
-        if not torch.compiler.is_compiling():
-            record.calls[answer.kernel, answer.route] += 1
+        self._count(answer)
         return answer.out
 
     def _try_split(
@@ -143,11 +144,25 @@ class Frame:
             segments=self._lengths_of(split.order),
             first=first,
             memory=Memory(self._find_whole, self._find_plan_of_whole),
-            decline=lambda answer: record.decline(answer.reason, answer.error),
+            decline=self._leave,
         )
-        if served is not None and not torch.compiler.is_compiling():
-            record.calls[served.kernel, served.route] += 1
+        if served is not None:
+            self._count(served)
         return out
+
+    def _count(self, served: Served) -> None:
+        """Count a call that a kernel served."""
+        if not torch.compiler.is_compiling():
+            self.record.calls[served.kernel, served.route] += 1
+            if served.lead:
+                self.record.choices[f"{served.kernel}, {served.lead:.1f}x"] += 1
+
+    def _leave(self, declined: Declined) -> None:
+        """Count a call of the default attention: by choice, or since no kernel took it."""
+        if declined.lead:
+            self.record.choices[f"default, {declined.lead:.1f}x"] += 1
+        else:
+            self.record.decline(declined.reason, declined.error)
 
     def _lengths_of(self, order: tuple[str, ...]) -> list[int] | None:
         """The lengths of the processor's arguments of these names; None if it lacks one of them."""
@@ -167,7 +182,7 @@ class Frame:
         """The plan of `mask`, from the cache or new."""
         sources, made_by, certain = self._identity(mask)
         plan, made = running.plans.find(sources, (call, *made_by), make, certain)
-        self._count(made)
+        self._count_plan(made)
         return plan
 
     def _find_whole(self, mask: Tensor, call: object, make: Callable[[], Tensor]) -> Tensor:
@@ -179,10 +194,10 @@ class Frame:
 
     def _find_plan_of_whole(self, mask: Tensor, call: PlanCall, make: Callable[[], Plan]) -> Plan:
         plan, made = running.plans.find(sources_of(mask), call, make)
-        self._count(made)
+        self._count_plan(made)
         return plan
 
-    def _count(self, made: bool) -> None:
+    def _count_plan(self, made: bool) -> None:
         self.record.plans_made += made
         self.record.plans_reused += not made
 

@@ -17,7 +17,13 @@ import torch
 from diffusers.utils.logging import get_verbosity
 
 from diffusers_fa3.errors import FA3Error, FallbackWarning, InputError, KernelUnavailableError
-from diffusers_fa3.kernels import KernelChoice, check_choice, note_declined, while_tracing
+from diffusers_fa3.kernels import (
+    AUTOMATIC,
+    KernelChoice,
+    check_choice,
+    note_declined,
+    while_tracing,
+)
 from diffusers_fa3.parallel import Home
 
 Fallback = Literal["warn", "error", "silent"]
@@ -63,10 +69,10 @@ class Settings:
             InputError: an unknown `fallback`.
         """
         with _naming(KERNEL_VARIABLE if kernel is None else ""):
-            chosen = os.environ.get(KERNEL_VARIABLE, "auto") if kernel is None else kernel
+            chosen = (os.environ.get(KERNEL_VARIABLE) or "auto") if kernel is None else kernel
             check_choice(chosen)
         with _naming(FALLBACK_VARIABLE if fallback is None else ""):
-            told = os.environ.get(FALLBACK_VARIABLE, "warn") if fallback is None else fallback
+            told = (os.environ.get(FALLBACK_VARIABLE) or "warn") if fallback is None else fallback
             if told not in get_args(Fallback):
                 raise InputError(f"fallback is one of {get_args(Fallback)}; got {told!r}")
         return cls(chosen, cast(Fallback, told))
@@ -99,6 +105,8 @@ class LayerRecord:
     """Calls that a kernel served, by kernel and route."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Calls that the default attention served, by reason."""
+    choices: Counter[str] = field(default_factory=Counter)
+    """With `kernel="fastest"`: calls by who was the fastest, and by what lead."""
     skipped: int = 0
     """Runs in which the processor, which made attention calls before, made none."""
     plans_made: int = 0
@@ -112,7 +120,9 @@ class LayerRecord:
 
     def decline(self, reason: str, error: FA3Error) -> None:
         """Count a call that the default attention serves; raise or warn as the user asked."""
-        refused = isinstance(error, KernelUnavailableError) and self.settings.kernel != "auto"
+        refused = (
+            isinstance(error, KernelUnavailableError) and self.settings.kernel not in AUTOMATIC
+        )
         if refused or self.settings.fallback == "error":
             raise error
         if torch.compiler.is_compiling():

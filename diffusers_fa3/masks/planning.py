@@ -53,7 +53,7 @@ def plan_packing(
         MaskError: the mask does not broadcast to (B, H, Sq, Sk), its values have no meaning, or
             packing cannot express it: it depends on the head, or on the query without a pattern, or
             is a bias; or, with `static`, might be such a one.
-        InputError: `pack_queries` with more or fewer queries than keys.
+        InputError: a size below 0; `pack_queries` with more or fewer queries than keys.
 
     Example:
         >>> import torch
@@ -66,6 +66,11 @@ def plan_packing(
         >>> torch.equal(attention(q, k, v, plan), attention(q, k, v, padding))
         True
     """
+    if min(batch, heads, q_len, k_len) < 0:
+        raise InputError(
+            "batch, heads, q_len and k_len are 0 or more; got "
+            f"{batch}, {heads}, {q_len} and {k_len}. Take them from the shapes of q and k"
+        )
     if pack_queries and q_len != k_len:
         raise InputError(
             "pack_queries is for self attention, where tokens are queries and keys; got q_len "

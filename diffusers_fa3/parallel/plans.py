@@ -41,6 +41,11 @@ def cp_plan(model: nn.Module) -> CPPlan:
         >>> sorted(cp_plan(model))  # the modules whose inputs or outputs are split or gathered
         ['context_embedder', 'pos_embed', 'proj_out']
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"cp_plan takes one diffusers model; got {type(model).__name__}. Of a pipeline, pass "
+            "pipe.transformer or pipe.unet"
+        )
     ours = _of_class(PLANS, model)
     if ours is not None:
         return _of_this_release(model, ours.make(model))

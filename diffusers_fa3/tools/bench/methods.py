@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from diffusers_fa3.attention import attention
+from diffusers_fa3.call import attention
 from diffusers_fa3.interface import flash_attn_varlen_func
 from diffusers_fa3.kernels import Kernel, Request, read_machine, select
 from diffusers_fa3.masks import PackingPlan

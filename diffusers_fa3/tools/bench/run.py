@@ -11,7 +11,7 @@ import diffusers
 import torch
 from rich.progress import track
 
-from diffusers_fa3.kernels import available_kernels
+from diffusers_fa3.kernels import AUTOMATIC, available_kernels
 from diffusers_fa3.tools.bench.cases import Case, mask_bytes
 from diffusers_fa3.tools.bench.measure import measure
 from diffusers_fa3.tools.bench.methods import diffusers_on
@@ -29,6 +29,8 @@ class Results:
     versions: dict[str, str]
     overhead_us: float
     """Extra microseconds per call of a switched layer, without kernels."""
+    overhead_noise_us: float
+    """How far `overhead_us` is from that of a single round, typically."""
 
 
 def run(
@@ -45,13 +47,13 @@ def run(
                 skipped[case.name] = f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
                 continue
             rows.append(measure(case, share, dtype, device, about["kernel"], rounds))
-        overhead = measure_overhead(rounds)
-    return Results(tuple(rows), skipped, about, overhead)
+        overhead, noise = measure_overhead(rounds)
+    return Results(tuple(rows), skipped, about, overhead, noise)
 
 
 def versions(device: str, kernel: str) -> dict[str, str]:
     """Device, versions and kernel, needed to repeat a figure; "auto" becomes one kernel here."""
-    rows = [row for row in available_kernels(device) if kernel in ("auto", row.name)]
+    rows = [row for row in available_kernels(device) if kernel in (*AUTOMATIC, row.name)]
     used = next((row for row in rows if row.accepted), rows[0])
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
@@ -60,7 +62,7 @@ def versions(device: str, kernel: str) -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "diffusers": diffusers.__version__,
-        "kernel": used.name,
+        "kernel": f"fastest ({used.name})" if kernel == "fastest" else used.name,
         "kernel_version": used.version,
     }
 
