@@ -99,7 +99,7 @@ def attend_fastest(
     return answer._replace(lead=choice.lead)
 
 
-_CHOSEN = InputError("PyTorch's attention is the fastest")
+_CHOSEN = InputError("the default is the fastest in calls of this kind")
 """Never raised."""
 
 

@@ -8,16 +8,27 @@ from collections.abc import Sequence
 from digits_task import MODEL_DIR, SAMPLING_STEPS
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """Make a parser that says the first line of a program's docstring."""
+def make_parser(
+    doc: str,
+    prompts: Sequence[str],
+    *,
+    untested: str = "models other than the digits; --device cuda",
+) -> argparse.ArgumentParser:
+    """Make a parser that says the first line of a program's docstring, and what was not tested.
+
+    `prompts` are those of `parse`, for the help.
+    """
     parser = argparse.ArgumentParser(
-        description=doc.splitlines()[0],
-        epilog="Other models, and --device cuda, were written with care, but not run yet.",
+        description=doc.splitlines()[0], epilog=f"Not tested: {untested}."
     )
     parser.add_argument(
         "--model", default=MODEL_DIR, help="name on the hub, or a folder; default: the digits"
     )
-    parser.add_argument("--prompt", action="append", help="give it once per picture")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        help="give it once per picture; default: " + "; ".join(map(repr, prompts)),
+    )
     parser.add_argument("--steps", type=int, default=SAMPLING_STEPS)
     parser.add_argument("--size", type=int, help="height and width; default: the pipeline's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -86,7 +86,7 @@ def error_alone(kernel: Callable[..., Tensor], device: str) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, PROMPTS)
     parser.add_argument("--broken", action="store_true", help="drop a key: see the program fail")
     return parse(parser, PROMPTS)
 

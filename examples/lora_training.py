@@ -87,7 +87,7 @@ def train(pipe: QwenImagePipeline, lora: list[Tensor], steps: list[Step]) -> lis
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Other models, and --device cuda, were written with care, but not run yet.",
+        epilog="Not tested: models other than the digits; --device cuda.",
     )
     parser.add_argument("--kernel", default="auto", help="a name from `available_kernels()`")
     parser.add_argument(

@@ -67,7 +67,7 @@ def without_mask(module: nn.Module, args: tuple[()], kwargs: dict[str, object]) 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, PROMPTS)
     parser.add_argument("--no-mask", action="store_true", help="see the program fail")
     parser.add_argument("--kernel", default="auto", help="a name from `available_kernels()`")
     return parse(parser, PROMPTS)

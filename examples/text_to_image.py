@@ -11,6 +11,8 @@ Exit status: 0 if both runs came through, 2 if not, with the reason.
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -28,15 +30,44 @@ SMALLEST = 128  # pixels across; smaller pictures are enlarged in the PNG
 
 
 def draw(pipe: DiffusionPipeline, args: argparse.Namespace) -> np.ndarray:
-    """Return (B, H, W, 3) pixels in [0, 1], one picture per prompt, each from its own seed."""
+    """Draw one picture per prompt, each from its own seed.
+
+    Returns:
+        (B, H, W, 3) pixels in [0, 1].
+
+    Raises:
+        ValueError: `pipe` gives no pictures, or refuses its arguments.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    if not {"num_frames", "frames"}.isdisjoint(known):
+        raise ValueError(no_pictures(pipe, "frames"))
     size = {} if args.size is None else {"height": args.size, "width": args.size}
-    return pipe(
-        args.prompt,
-        generator=[torch.Generator().manual_seed(args.seed + i) for i in range(len(args.prompt))],
-        num_inference_steps=args.steps,
-        output_type="np",
-        **size,
-    ).images
+    if size and "use_resolution_binning" in known:
+        size["use_resolution_binning"] = False  # else the pipeline picks another size nearby
+    try:
+        drawn = pipe(
+            args.prompt,
+            generator=[
+                torch.Generator().manual_seed(args.seed + i) for i in range(len(args.prompt))
+            ],
+            num_inference_steps=args.steps,
+            output_type="np",
+            **size,
+        )
+    except ValueError as error:
+        if re.search("size|height|width", str(error)):
+            raise ValueError(f"{error}; give another height and width with --size") from error
+        raise
+    if "images" not in drawn:
+        raise ValueError(no_pictures(pipe, ", ".join(drawn)))
+    return drawn.images
+
+
+def no_pictures(pipe: DiffusionPipeline, given: str) -> str:
+    return (
+        f"this program draws pictures; got a {type(pipe).__name__}, which gives {given}; "
+        "`diffusers-fa3 check` takes it"
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,7 +106,7 @@ def main() -> int:
         comparison = compare(
             pipe, lambda: draw(pipe, args), steps=args.steps, kernel=args.kernel, rounds=ROUNDS
         )
-    except FA3Error as error:
+    except (FA3Error, ValueError) as error:  # ValueError: of `draw`
         return stop(error)
 
     default, fa3 = comparison.default, comparison.fa3

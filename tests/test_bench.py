@@ -15,6 +15,7 @@ from PIL import Image
 from releases import needs
 from torch.nn import functional
 
+from diffusers_fa3 import __version__
 from diffusers_fa3.errors import InputError
 from diffusers_fa3.tools import cli
 from diffusers_fa3.tools.bench import command
@@ -22,6 +23,7 @@ from diffusers_fa3.tools.bench.cases import CASES, SHARES, Case, cases_of
 from diffusers_fa3.tools.bench.measure import WRONG_FROM, error_of, rows_to_compare
 from diffusers_fa3.tools.bench.methods import Method, backend_in, host_syncs
 from diffusers_fa3.tools.bench.plot import panels, plot
+from diffusers_fa3.tools.bench.run import Results
 from diffusers_fa3.tools.bench.tables import METHODS, Row, Timing
 
 NAMES = [case.name for case in CASES]
@@ -149,7 +151,8 @@ def test_the_run_prints_tables_and_draws_a_panel_for_each_sweep(folder: Path) ->
         "cudnn refuses",
         "of ideal",
         "peak memory",
-        "us more per call",
+        "more per call, kernels aside",
+        "_flash_*: diffusers' own packing for these backends, run on the kernel that serves ours",
     ):
         assert words in printed
     with Image.open(folder / "all.png") as picture:
@@ -286,6 +289,31 @@ def test_bad_options_are_refused_in_words(
 ) -> None:
     assert status("bench", *options) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (tmp_path / "nosuch" / "x", tmp_path):
+        assert status("bench", "--small", "--valid", "0.1,0.2,0.3", option, str(file)) == 2
+        said = capsys.readouterr()
+        assert f"write into a folder that exists; got {option} {file}" in said.err
+        assert said.out == ""
+
+
+def test_a_time_within_the_noise_is_told_as_such() -> None:
+    for overhead, told in {
+        -3.0: "within the noise",
+        0.5: "within the noise",
+        4.0: "4.0 us",
+    }.items():
+        assert command._overhead_of(Results((), {}, {}, overhead, 1.0)) == told
+
+
+def test_the_release_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("--version") == 0
+    assert capsys.readouterr().out == f"diffusers-fa3 {__version__}\n"
 
 
 def test_a_missing_extra_is_named(

@@ -16,6 +16,8 @@ import torch
 from published_models import MODELS, Model, build, forward_of, made_shallow, made_small, make_inputs
 from releases import QWENIMAGE_MASKS, has, needs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "benchmark_models.py"
 IDS = [model.name for model in MODELS]

@@ -8,6 +8,8 @@ import pytest
 import torch
 from benchmark_split import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_row_for_every_way(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

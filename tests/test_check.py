@@ -44,10 +44,12 @@ from diffusers_fa3 import (
     flash_attn_varlen_func,
 )
 from diffusers_fa3.tools.check import command
+from diffusers_fa3.tools.check.arguments import arguments_of
 from diffusers_fa3.tools.check.budget import Errors, Measured, measure
 from diffusers_fa3.tools.check.check import check_parity
 from diffusers_fa3.tools.check.drawn import Pictures
 from diffusers_fa3.tools.check.exact import exact_blocks
+from diffusers_fa3.tools.check.loading import MOST, _shortened
 from diffusers_fa3.tools.check.report import write_report
 from diffusers_fa3.tools.check.runs import words_of
 from diffusers_fa3.tools.check.sheet import amplification, sheet_of
@@ -242,7 +244,7 @@ def test_fallbacks_are_listed_and_fail_only_what_was_asked_for() -> None:
     parity = check_parity(model, inputs)
     assert parity.passed, str(parity)
     assert [dict(layer.fallbacks) for layer in parity.layers if layer.fallbacks] == [
-        {"the layer is set to backend _native_math": 1}
+        {"the layer is set to backend _native_math, until reset_attention_backend": 1}
     ]
     assert "default attention, 1 times: the layer is set to backend" in str(parity)
 
@@ -461,12 +463,47 @@ def test_what_cannot_be_checked_is_refused_in_words() -> None:
     with pytest.raises(InputError, match="Give `seed` instead"):
         check_parity(pipe, {**inputs, "generator": torch.Generator()})
     with pytest.raises(InputError, match=r"Needy needs depth; got no such argument.*--set"):
-        check_parity(Needy(**pipe.components), inputs)
+        check_parity(Needy(**pipe.components))
     with pytest.raises(UnsupportedModelError, match="no attention layer"):
         check_parity(nn.Linear(2, 2), {"input": torch.zeros(1, 2)})
+    with pytest.raises(
+        InputError, match='a check compares a kernel with the default; got kernel="f'
+    ):
+        check_parity(pipe, inputs, kernel="fastest")
     pipe.transformer._parallel_config = object()
     with pytest.raises(InputError, match=r"check_parity runs on one process.*--ranks N"):
         check_parity(pipe, inputs)
+
+
+def test_wrong_arguments_of_a_check_are_refused_in_words() -> None:
+    pipe, _ = qwen()
+    with pytest.raises(UnsupportedModelError, match=r"take a torch.nn.Module or a .*; got int"):
+        check_parity(3)
+    with pytest.raises(InputError, match="inputs is a dict of arguments by name; got list"):
+        check_parity(pipe.transformer, [1])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="prompts must have at least one; got none"):
+        check_parity(pipe, prompts=[])
+    with pytest.raises(InputError, match="steps must be above 0; got 0"):
+        check_parity(pipe, steps=0)
+
+
+class Binning(QwenImagePipeline):
+    """A pipeline that takes any argument, and enlarges small pictures if it is let."""
+
+    def __call__(
+        self, prompt: list[str], height: int = 8, use_resolution_binning: bool = True, **others: Any
+    ) -> Any:
+        raise AssertionError("never called")
+
+
+def test_small_pictures_stay_small_and_misspelt_arguments_do_not_pass() -> None:
+    pipe = Binning(**qwen()[0].components)
+    assert arguments_of(pipe, None, None, 1)["use_resolution_binning"] is False
+    assert "use_resolution_binning" not in arguments_of(pipe, {"height": 512}, None, 1)
+    asked = arguments_of(pipe, {"use_resolution_binning": True}, None, 1)
+    assert asked["use_resolution_binning"] is True
+    with pytest.raises(InputError, match=r"Binning has no argument heigth; did you mean height\?"):
+        arguments_of(pipe, {"heigth": 512}, None, 1)
 
 
 class Needy(QwenImagePipeline):
@@ -624,7 +661,9 @@ def test_the_digits_pass_and_the_report_is_written(
     assert status(str(MODEL_DIR), "--device", "cpu", "--out", str(tmp_path), "--steps", "2") == 0
     said = capsys.readouterr()
     assert "reference (packed)" in said.out
-    assert "6 calls compared with float64 on kernel auto: passed" in said.out
+    assert "float64 on kernel reference (asked for: auto): passed\nAll calls were on" in said.out
+    page = (tmp_path / "report.html").read_text()
+    assert "<p>All calls were on the reference, plain PyTorch: that says nothing of" in page
     assert said.out.endswith(f"report: {tmp_path / 'report.html'}\n")
     assert said.err == ""
     assert {file.name for file in tmp_path.iterdir()} == {
@@ -666,7 +705,18 @@ def test_a_failed_check_exits_with_1(
     ("options", "says"),
     [
         (["no/such/folder"], "MODEL must be a pipeline of diffusers that can be loaded"),
-        ([str(MODEL_DIR), "--set", "depth=3"], "got TypeError"),
+        (["no/such/folder"], "no such folder, and the hub has no such name or cannot be reached."),
+        (
+            [str(MODEL_DIR / "transformer")],
+            "is a model, not a pipeline: give its parent folder, or",
+        ),
+        ([str(MODEL_DIR), "--set", "depth=3"], "has no argument depth; leave it out"),
+        ([str(MODEL_DIR), "--set", "heigth=3"], "has no argument heigth; did you mean height?"),
+        (
+            [str(MODEL_DIR), "--set", "prompt=hi", "--prompt", "a"],
+            "prompts are given once; got `pro",
+        ),
+        ([str(MODEL_DIR), "--set", "height=-1"], "by `inputs`, or by --set NAME=VALUE"),
         ([str(MODEL_DIR), "--set", "depth"], "NAME=VALUE; got depth"),
         ([str(MODEL_DIR), "--steps", "0"], "a number above 0; got 0"),
         ([str(MODEL_DIR), "--kernel", "fa3_fwd"], "fa3_fwd"),
@@ -678,6 +728,55 @@ def test_what_cannot_run_exits_with_2(
 ) -> None:
     assert status(*options, "--device", "cpu") == 2
     assert says in capsys.readouterr().err
+
+
+def test_without_a_gpu_cuda_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert status("no/such/folder", "--device", "cuda") == 2
+    assert "--device cuda needs a CUDA device, and torch sees none; give" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/inside"):
+        assert status("no/such/folder", "--device", "cpu", "--out", str(tmp_path / out)) == 2
+        assert "the report goes into a folder; cannot write it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("False", False),
+        ("True", True),
+        ("None", None),
+        ("false", False),
+        ("3", 3),
+        ("[1, 2]", [1, 2]),
+        ("a cat", "a cat"),
+    ],
+)
+def test_values_are_read_as_json_or_as_python_writes_them(text: str, value: object) -> None:
+    assert command._assignment(f"name={text}") == ("name", value)
+
+
+def test_a_pipeline_that_came_from_the_hub_and_does_not_load_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "a/file")
+    assert status("no/such/folder", "--device", "cpu") == 2
+    said = capsys.readouterr().err
+    assert "got no/such/folder: " in said
+    assert "the hub has no such name" not in said
+
+
+def test_a_long_error_of_a_library_is_cut_at_a_sentence() -> None:
+    assert _shortened("One. Two. " + "x" * MOST) == "One. Two."
+    assert _shortened("x" * 2 * MOST) == "x" * MOST + " ..."
+    assert _shortened("One. Two") == "One. Two"
 
 
 def test_too_little_memory_is_told_with_what_to_do(
@@ -710,7 +809,7 @@ def test_the_bar_shows_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_command_is_known_without_loading_diffusers() -> None:
     code = (
-        "import sys; from diffusers_fa3.tools.check import command; "
+        "import sys; from diffusers_fa3.tools import cli; cli._parser(); "
         "print([n for n in ('diffusers', 'rich', 'matplotlib', 'PIL') if n in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

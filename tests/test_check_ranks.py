@@ -300,7 +300,7 @@ def test_a_model_that_cannot_be_split_is_refused_in_words() -> None:
 
     for splitting, plan in results("test_check_ranks:refusals", 2):
         assert splitting.startswith("InputError: the model must run split over 2 ranks by ")
-        assert "got ValueError: no such thing. Another number of --ranks may do" in splitting
+        assert "got ValueError: no such thing. On CPUs the tokens must divide by the" in splitting
         assert plan.startswith("UnsupportedModelError: ")
         assert "has no plan by which its tokens could be split over ranks" in plan
 
@@ -356,6 +356,19 @@ def test_a_pipeline_without_a_model_of_diffusers_is_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match="only a model of diffusers can be split"):
         models_to_split(torch.nn.Linear(2, 2))
+
+
+def test_a_model_without_a_plan_is_named_as_its_user_knows_it() -> None:
+    from test_check import stable_diffusion
+
+    from diffusers_fa3 import enable_fa3
+    from diffusers_fa3.tools.check.splitting import models_to_split
+
+    pipe = stable_diffusion()
+    enable_fa3(pipe, kernel="reference")
+    told = r"^UNet2DConditionModel has no plan .*[^.]\. Check it without --ranks$"
+    with pytest.raises(UnsupportedModelError, match=told):
+        models_to_split(pipe)
 
 
 def test_the_whole_may_differ_by_eight_times_what_one_process_does() -> None:
@@ -420,7 +433,7 @@ def test_the_digits_pass_and_json_is_all_that_is_printed(
     assert {call["rank"] for layer in found["layers"] for call in layer["calls"]} == {0, 1}
     assert said.err == ""
     page = (tmp_path / "report.html").read_text()
-    assert f"on kernel auto, on 2 ranks ({found['split']})" in page
+    assert f"on kernel reference (asked for: auto), on 2 ranks ({found['split']})" in page
     assert "<th>of rank</th>" in page
     assert multiprocessing.active_children() == []
 

@@ -18,6 +18,8 @@ from PIL import Image
 from quickstart import Digits
 from releases import QWENIMAGE_MASKS, needs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TEXT_TO_IMAGE = ("text_to_image.py", "--model", str(MODEL_DIR), "--size", "32", "--steps", "4")
 TWO_PROMPTS = ("--prompt", "seven", "--prompt", "a picture of the digit three")

@@ -21,7 +21,7 @@ from diffusers_fa3 import (
     plan_packing,
 )
 from diffusers_fa3 import fastest as fastest_module
-from diffusers_fa3.attention import default_attention
+from diffusers_fa3.attention import attend, default_attention
 from diffusers_fa3.fastest import bucket
 from diffusers_fa3.kernels import race as race_module
 from diffusers_fa3.kernels.race import KEPT, Choice, Races, race
@@ -167,6 +167,35 @@ def test_a_call_is_exact_whoever_wins(mask: str, rigged: Rigged) -> None:
         out = attention(*qkv(), given, kernel="fastest")
         torch.testing.assert_close(out, default_attention(*qkv(), given, None, False))
     assert rigged.asked == [("reference", "default")]
+
+
+def test_the_winner_serves_and_all_compete_on_the_call_itself(
+    rigged: Rigged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, masks = [], []
+
+    def recorded(*args: object, kernel: object, **options: object) -> object:
+        kernels.append(kernel)
+        return attend(*args, kernel=kernel, **options)
+
+    def default(*args: object) -> Tensor:
+        masks.append(args[3])
+        return default_attention(*args)
+
+    monkeypatch.setattr(fastest_module, "attend", recorded)
+    monkeypatch.setattr(fastest_module, "default_attention", default)
+    for _ in range(2):
+        attention(*qkv(), MASKS["keys"], kernel="fastest")
+    ((mask,),) = [masks]
+    assert torch.equal(mask[:, 0, 0], MASKS["keys"])
+    assert kernels == ["reference"] * (1 if rigged.winner == "default" else 3)
+
+
+def test_a_call_for_the_default_says_so(rigged: Rigged) -> None:
+    answer = fastest_module.attend_fastest(*qkv(), None, scale=None, causal=False)
+    assert answer.lead == 1.25
+    if rigged.winner == "default":
+        assert answer.reason == "the default is the fastest in calls of this kind"
 
 
 def test_out_receives_the_result_whoever_wins(rigged: Rigged) -> None:

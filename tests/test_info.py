@@ -28,6 +28,7 @@ from diffusers_fa3.kernels import PROVIDERS
 from diffusers_fa3.kernels.contract import Machine, Provider
 from diffusers_fa3.kernels.providers import reference
 from diffusers_fa3.layers.find import attention_layers
+from diffusers_fa3.layers.record import FALLBACK_VARIABLE, KERNEL_VARIABLE
 from diffusers_fa3.tools import cli
 from diffusers_fa3.tools.info import choices, machine_report
 from diffusers_fa3.tools.info.advice import advise
@@ -41,7 +42,13 @@ from diffusers_fa3.tools.info.conflicts import (
     namespace_taken,
 )
 from diffusers_fa3.tools.info.layers import group_layers, head_size, masks_read
-from diffusers_fa3.tools.info.machine import GPU, MachineFacts, driver_in, read_facts
+from diffusers_fa3.tools.info.machine import (
+    GPU,
+    VARIABLES,
+    MachineFacts,
+    driver_in,
+    read_facts,
+)
 from diffusers_fa3.tools.info.model import read_model
 from diffusers_fa3.tools.info.patches import patched_in_diffusers
 from diffusers_fa3.tools.info.probe import Probe, Step, probe_kernels
@@ -784,6 +791,7 @@ def test_a_folder_that_is_no_model_is_refused_in_words(
     for content, says in {
         "{": "must be JSON",
         "[]": "must hold a JSON object; got list",
+        '{"architectures": ["T5EncoderModel"]}': "is no model of diffusers: its config.json names",
         '{"_class_name": "EulerDiscreteScheduler"}': "says EulerDiscreteScheduler",
         '{"_class_name": "FluxTransformer2DModel", "num_layers": "x"}': (
             "must build from .*json; got TypeError"
@@ -797,6 +805,15 @@ def test_a_folder_that_is_no_model_is_refused_in_words(
 def test_the_example_in_the_docstring_runs() -> None:
     (shown,) = doctest.DocTestFinder(recurse=False).find(machine_report, globs={})
     assert doctest.DocTestRunner().run(shown).failed == 0
+
+
+def test_variables_that_are_set_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSERS_FA3_KERNEL", "reference")
+    monkeypatch.delenv("DIFFUSERS_FA3_FALLBACK", raising=False)
+    assert VARIABLES == (KERNEL_VARIABLE, FALLBACK_VARIABLE)
+    report = machine_report()
+    assert report.to_dict()["machine"]["variables"] == {"DIFFUSERS_FA3_KERNEL": "reference"}
+    assert re.search(r"DIFFUSERS_FA3_KERNEL +reference", str(report))
 
 
 def test_the_facts_of_this_machine_are_of_this_process() -> None:

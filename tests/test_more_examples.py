@@ -1,8 +1,10 @@
-"""Four example programs: each does what its docstring says, and fails where it has to."""
+"""Small example programs: each does what its docstring says, and fails where it has to."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,16 +17,20 @@ import lora_training
 import numpy as np
 import padded_batch
 import pytest
+import text_to_image
 import torch
 from custom_kernel import my_attention
 from digits_task import MODEL_DIR, draw
 from loading import load_pipeline
+from pipelines import pixart, wan
 from releases import QWENIMAGE_MASKS, needs
 from test_examples import run
 from torch import Tensor
 
 from diffusers_fa3 import coverage, enable_fa3
 from diffusers_fa3.layers.coverage_report import Coverage
+
+pytestmark = pytest.mark.slow
 
 PROGRAMS = (compiling, custom_kernel, lora_training, padded_batch)
 
@@ -130,7 +136,17 @@ def test_the_help_says_what_was_not_run(
 ) -> None:
     with pytest.raises(SystemExit, match="0"):
         call(program, "--help", patch=monkeypatch)
-    assert "not run yet" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Not tested: models other than the digits; --device cuda." in said
+
+
+def test_the_help_has_the_default_prompts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        call(compiling, "--help", patch=monkeypatch)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "default: 'seven'; 'a picture of the digit three'" in said
 
 
 def with_a_fallback(model: Any) -> Coverage:
@@ -156,6 +172,70 @@ def test_a_graph_that_gives_other_pictures_fails(
     monkeypatch.setattr(compiling, "largest", lambda a, b: 2e-3)
     assert call(compiling, "--backend", "eager", *SHORT, patch=monkeypatch) == 1
     assert "FAILED: a pixel is further than 0.001" in capsys.readouterr().out
+
+
+# --- other pipelines -----------------------------------------------------------------------------
+
+OTHER = ("--model", "other", "--prompt", "a cat", "--prompt", "a much longer prompt", *SHORT)
+
+
+def with_pipeline(pipe: Any, program: ModuleType, *args: str, patch: pytest.MonkeyPatch) -> int:
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # as from a folder
+    patch.setattr(program, "load_pipeline", lambda *_: pipe)
+    return call(program, *OTHER, *args, patch=patch)
+
+
+@pytest.mark.parametrize(
+    "program", [text_to_image, custom_kernel, padded_batch, compiling], ids=name_of
+)
+def test_a_pipeline_of_videos_is_refused_before_it_runs(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = wan.CASES[0].make()
+    monkeypatch.setattr(pipe, "encode_prompt", None)  # an error, if it runs
+    assert with_pipeline(pipe, program, patch=monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: this program draws pictures; got a WanPipeline, which gives frames; "
+        "`diffusers-fa3 check` takes it\n"
+    )
+
+
+class Singer:
+    """A pipeline whose arguments do not tell that it gives no pictures."""
+
+    def __call__(self, prompt: list[str], **_: object) -> dict[str, object]:
+        return {"audios": prompt}
+
+
+def test_a_pipeline_that_gave_no_pictures_is_refused() -> None:
+    args = argparse.Namespace(prompt=["la"], seed=0, steps=1, size=None)
+    with pytest.raises(ValueError, match="draws pictures; got a Singer, which gives audios; "):
+        text_to_image.draw(Singer(), args)
+
+
+def test_a_size_that_a_pipeline_refuses_can_be_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = pixart.CASES[0].make()
+    assert with_pipeline(pipe, padded_batch, patch=monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "error: Invalid sample size; give another height and width with --size" in said
+    assert with_pipeline(pipe, padded_batch, "--size", "8", patch=monkeypatch) == 0
+
+
+def test_additive_masks_in_a_graph_fail_as_the_page_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = pixart.CASES[0].make()
+    backend = ("--backend", "eager", "--size", "8")
+    assert with_pipeline(pipe, compiling, *backend, patch=monkeypatch) == 1
+    assert compiling.EXPECTED in capsys.readouterr().out
+    page = Path(compiling.__file__).parents[1] / "docs" / "limits.md"
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    anchors = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+    assert compiling.EXPECTED.split("#")[1] in anchors
 
 
 # --- the kernel, and training --------------------------------------------------------------------

@@ -48,6 +48,7 @@ def anchors(page: Path) -> set[str]:
 CODE = [(page, block) for page in PAGES for block in blocks(page.read_text(), "python")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "block"), CODE, ids=[f"{page.stem}-{block.splitlines()[-1]}" for page, block in CODE]
 )
@@ -114,6 +115,7 @@ def test_every_kernel_is_listed() -> None:
     assert listed == [(row.name, row.install) for row in available_kernels("cpu")]
 
 
+@pytest.mark.slow
 def test_the_model_card_is_one_and_its_code_runs() -> None:
     card = ModelCard.load(CARD)
     assert card.data.library_name == "diffusers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import several_gpus
+import torch
+import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from digits_task import MODEL_DIR, SAMPLING_STEPS
 from PIL import Image
@@ -19,6 +22,8 @@ from ranks import end_all
 from releases import QWENIMAGE_MASKS, has
 from several_gpus import CannotStart, degrees
 from test_examples import assert_same_pictures
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "several_gpus.py"
@@ -159,3 +164,24 @@ def test_without_several_processes_it_says_how_to_start_it(
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert words in said
+
+
+def test_of_the_ranks_with_one_reason_the_first_says_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    reasons = ("no such model", "no such model", "another", "no such model")
+    assert [several_gpus.say_once(reason) for reason in reasons] == [2, 2, 2, 2]
+    assert capsys.readouterr().err == "error: no such model\nerror: another\n"
+
+
+def test_too_few_devices_are_noticed_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(CannotStart, match="there are 1 CUDA devices here"):
+        several_gpus.check(argparse.Namespace(device="cuda"))

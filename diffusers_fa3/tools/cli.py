@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from diffusers_fa3 import __version__
 from diffusers_fa3.errors import FA3Error
 from diffusers_fa3.tools.bench import command as bench
 from diffusers_fa3.tools.card import command as card
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("diffusers-fa3")
+    parser.add_argument("--version", action="version", version=f"diffusers-fa3 {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for each in (info, check, card, bench):
         each.add_command(commands)

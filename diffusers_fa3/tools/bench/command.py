@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -116,9 +118,19 @@ def _bench(args: argparse.Namespace) -> None:
     sweeps = [args.lengths or [], *([x for x in case.shares if x is not None] for case in cases)]
     if args.plot and max(map(len, sweeps)) < 3:
         raise InputError("--plot draws a sweep: give three or more --valid, or as many --lengths")
+    for option, file in {"--json": args.json, "--plot": args.plot}.items():
+        if file:
+            _refuse_unwritable(option, Path(file))
     usual = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
     dtypes = args.dtype or usual[args.device]
     results = run(cases, dtypes, args.device, args.kernel, args.rounds)
+    show(results.rows, args.markdown)
+    for name, why in results.skipped.items():
+        print(f"{name} skipped: {why}")
+    print(", ".join(f"{name} {value}" for name, value in results.versions.items() if value))
+    print(
+        f"a switched layer takes more per call, kernels aside: {_overhead_of(results)}", flush=True
+    )
     if args.json:
         with open(args.json, "w") as file:
             json.dump(_as_json(results, cases), file, indent=1)
@@ -126,11 +138,26 @@ def _bench(args: argparse.Namespace) -> None:
         from diffusers_fa3.tools.bench.plot import plot
 
         plot(results.rows, args.plot)
-    show(results.rows, args.markdown)
-    for name, why in results.skipped.items():
-        print(f"{name} skipped: {why}")
-    print(", ".join(f"{name} {value}" for name, value in results.versions.items() if value))
-    print(f"a switched layer takes {results.overhead_us:.1f} us more per call, kernels aside")
+
+
+def _refuse_unwritable(option: str, file: Path) -> None:
+    """An error before anything is measured, not after it."""
+    if file.is_dir() or not file.parent.is_dir():
+        problem = str(file)
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        problem = f"{file}, which cannot be written"
+    else:
+        return
+    raise InputError(
+        f"--json and --plot write into a folder that exists; got {option} {problem}. Give a file "
+        "in a folder of your own"
+    )
+
+
+def _overhead_of(results: Results) -> str:
+    if results.overhead_us <= results.overhead_noise_us:
+        return "within the noise"
+    return f"{results.overhead_us:.1f} us"
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -169,6 +196,7 @@ def _as_json(results: Results, cases: Sequence[Case]) -> dict[str, Any]:
         "rows": rows,
         "skipped": results.skipped,
         "overhead_us": results.overhead_us,
+        "overhead_noise_us": results.overhead_noise_us,
     }
 
 

@@ -27,6 +27,11 @@ METHODS = (
 WAITING = ("_flash_varlen_3", "_flash_3_varlen_hub", "ours", "ours+plan")
 """The methods whose host waits are shown."""
 
+CAPTION = (
+    "_flash_*: diffusers' own packing for these backends, run on the kernel that serves ours. "
+    f"waits: of {', '.join(WAITING)}, in this order"
+)
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -117,6 +122,7 @@ def show(rows: Sequence[Row], markdown: bool) -> None:
             print(f"\n{title}\n\n{markdown_of(lines)}\n")
         else:
             console.print(table_of(lines, title))
+    print(CAPTION)
     print(_refusals(rows))
 
 

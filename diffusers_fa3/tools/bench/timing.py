@@ -59,8 +59,8 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
     return q
 
 
-def measure_overhead(rounds: int) -> float:
-    """Extra microseconds per call of a switched layer, without kernels.
+def measure_overhead(rounds: int) -> tuple[float, float]:
+    """Extra microseconds per call of a switched layer, without kernels; and their noise.
 
     This is the time of a layer on a kernel that does nothing, minus the time of the layer on its
     default attention without the attention call itself. Measured on one thread, with tensors so
@@ -81,4 +81,6 @@ def measure_overhead(rounds: int) -> float:
     times = times_of(runs, [x], rounds, "cpu", calls=500)
     torch.set_num_threads(threads)
     default, sdpa, ours = (statistics.median(times[name]) for name in runs)
-    return (ours - (default - sdpa)) * 1e3
+    overhead = (ours - (default - sdpa)) * 1e3
+    of_rounds = [(c - (a - b)) * 1e3 for a, b, c in zip(*times.values(), strict=True)]
+    return overhead, statistics.median(abs(each - overhead) for each in of_rounds)

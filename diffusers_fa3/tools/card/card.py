@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_fa3.tools.card.markdown import escaped
-from diffusers_fa3.tools.card.marks import has_section, with_section
+from diffusers_fa3.tools.card.marks import has_section, section_in, with_section
 from diffusers_fa3.tools.card.of_model import parity_of_model, speed_of_model
 from diffusers_fa3.tools.card.parity import read_parity
 from diffusers_fa3.tools.card.readme import metadata_of, new_readme, read_readme, replace_readme
-from diffusers_fa3.tools.card.section import section_of
+from diffusers_fa3.tools.card.section import PARITY, SPEED, section_of
 from diffusers_fa3.tools.card.speed import read_speed
 from diffusers_fa3.tools.info import machine_report
 
@@ -74,6 +74,10 @@ def write_card(
         notes.append("the parity check failed, and the section says so")
     if timed is not None and timed.left_out:
         notes.append(f"{timed.left_out} calls of the speed report have sizes of other models")
+    old, new = section_in(start), section_in(after)
+    for heading, what in {PARITY: "parity", SPEED: "speed"}.items():
+        if heading in old and heading not in new:
+            notes.append(f"the {what} of before is gone; give --{what} to keep it")
     return Written(file, _what(before, after), tuple(notes))
 
 

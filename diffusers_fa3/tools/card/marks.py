@@ -41,6 +41,12 @@ def has_section(text: str) -> bool:
     return OPENS in text
 
 
+def section_in(text: str) -> str:
+    """The section that stands in the text; empty if there is none."""
+    place = _place(text)
+    return "" if place is None else text[slice(*place)]
+
+
 def newline_of(text: str) -> str:
     """The line end of most lines."""
     windows = text.count("\r\n")

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusers_fa3.tools.card.of_model import ParityOfModel, SpeedOfModel
 from diffusers_fa3.tools.card.parity import ParityReport
 from diffusers_fa3.tools.card.speed import Time, Timed
 from diffusers_fa3.tools.check.parity import Difference, Layer
+from diffusers_fa3.tools.check.served import caveat_of, kernels_of
 from diffusers_fa3.tools.check.table import rows_of
 
 TOLD = 10
@@ -33,7 +34,9 @@ SPEED_HEAD = (
 def parity_lines(parity: ParityOfModel) -> Iterator[list[str]]:
     """The verdict and what it rests on."""
     report = parity.report
-    kernel = f"kernel {code(report.kernel)}"
+    served = kernels_of(report.layers) or (report.kernel,)
+    asked = "" if served == (report.kernel,) else f" (asked for: {code(report.kernel)})"
+    kernel = f"on kernel {', '.join(map(code, served))}{asked}"
     if report.passed:
         yield [f"**Passed**: {report.calls} attention calls compared, {kernel}."]
     else:
@@ -44,6 +47,7 @@ def parity_lines(parity: ParityOfModel) -> Iterator[list[str]]:
         ]
         more = [f"- and {problems - TOLD} more"] if problems > TOLD else []
         yield [*(f"- {escaped(problem)}" for problem in report.problems[:TOLD]), *more]
+    yield from _caveat(kernels_of(report.layers))
     yield [
         "Each call got the inputs of a run on the default attention, and both outputs were "
         "compared with float64. Errors are relative to the largest value of the output; those of "
@@ -71,8 +75,15 @@ def speed_lines(speed: SpeedOfModel) -> Iterator[list[str]]:
         "PyTorch's attention with the same mask. Ours includes packing, not the plan, which a "
         "model makes once per forward."
     ]
+    yield from _caveat(str(kernel) for name, kernel in report.versions if name == "kernel")
     yield table(SPEED_HEAD, [_speed_row(row) for row in report.rows])
     yield [*_how("bench", report.command, (), report.versions)]
+
+
+def _caveat(kernels: Iterable[str]) -> Iterator[list[str]]:
+    words = caveat_of(kernels)
+    if words:
+        yield [words]
 
 
 def _left_to_default(layers: Sequence[Layer]) -> Iterator[str]:

@@ -64,6 +64,10 @@ def read_parity(file: Path) -> ParityReport:
         InputError: the file is no such report, of another schema, or contradicts itself.
     """
     fields = read_fields(file, MADE_BY)
+    if {"cases", "rows"} <= fields.values.keys():
+        raise InputError(
+            f"a parity report is of diffusers-fa3 check; {file} is of bench. Give it by --speed"
+        )
     if fields.values.get("schema") != SCHEMA:
         raise InputError(
             f"a parity report has schema {SCHEMA}; {file} has "

@@ -98,7 +98,8 @@ def _card(text: str, file: Path) -> Any:
     except Exception as error:  # of YAML, or of one of the fields that the hub knows
         raise InputError(
             f"the metadata at the top of a model card are YAML that the hub knows; got {file}: "
-            f"{type(error).__name__}: {error}. Mend them; the file is as it was"
+            f"{type(error).__name__}: {' '.join(str(error).split())}. Mend them; the file is as it "
+            "was"
         ) from error
 
 

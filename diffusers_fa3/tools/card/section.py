@@ -14,6 +14,8 @@ from diffusers_fa3.tools.info.model import Known, ModelFacts
 
 LAYER_HEAD = ("layers", "number", "processor", "heads x size", "mask arguments")
 KERNEL_HEAD = ("kernel", "install", "usable there")
+PARITY, SPEED = "### Parity, measured", "### Speed, measured"
+"""The headings of what is there only if its report is given."""
 
 
 def section_of(
@@ -36,9 +38,9 @@ def section_of(
         [*_coverage(facts)],
     ]
     if parity is not None:
-        parts += [["### Parity, measured"], *parity_lines(parity)]
+        parts += [[PARITY], *parity_lines(parity)]
     if speed is not None:
-        parts += [["### Speed, measured"], *speed_lines(speed)]
+        parts += [[SPEED], *speed_lines(speed)]
     parts += [
         ["### Kernels"],
         *_kernels(report, facts),

@@ -65,6 +65,10 @@ def read_speed(file: Path) -> SpeedReport:
         InputError: the file is no such report, or is of another schema.
     """
     fields = read_fields(file, MADE_BY)
+    if {"layers", "coverage"} <= fields.values.keys():
+        raise InputError(
+            f"a speed report is of diffusers-fa3 bench; {file} is of check. Give it by --parity"
+        )
     schema = fields.values.get("schema", SCHEMA)
     if schema != SCHEMA:
         raise InputError(

@@ -12,12 +12,13 @@ from torch import nn
 
 from diffusers_fa3.errors import InputError
 from diffusers_fa3.kernels import KernelChoice, available_kernels
+from diffusers_fa3.tools.check.arguments import arguments_of
 from diffusers_fa3.tools.check.by_layer import by_layer
 from diffusers_fa3.tools.check.drawn import Pictures, draw, drawn_of, pictures_of
 from diffusers_fa3.tools.check.kept import components_of, device_of, kept, modules_of
 from diffusers_fa3.tools.check.observed import Observer, words_of_kernel
 from diffusers_fa3.tools.check.parity import UNCOMPARED, Drawn, Parity
-from diffusers_fa3.tools.check.runs import arguments_of, must_run, words_of
+from diffusers_fa3.tools.check.runs import must_run, words_of
 
 STEPS = 4
 """Denoising steps: enough to see whether a difference grows."""
@@ -78,6 +79,11 @@ def check_parity(
         (True, 1)
     """
     _refuse_split(pipe_or_model)
+    if kernel == "fastest":
+        raise InputError(
+            'a check compares a kernel with the default; got kernel="fastest", which may take '
+            'either. Give "auto", a name or a function'
+        )
     arguments = arguments_of(pipe_or_model, inputs, prompts, steps)
     with kept(pipe_or_model):
         be_quiet(pipe_or_model)

@@ -36,6 +36,9 @@ DTYPES = {
     "fp16": torch.float16,
 }
 
+OF_PYTHON = {"True": True, "False": False, "None": None}
+"""Values that JSON writes in another way; as texts, all of them would be true."""
+
 
 def add_command(commands: Any) -> None:
     """Add the command to the subparsers of `diffusers-fa3`."""
@@ -53,15 +56,24 @@ def add_command(commands: Any) -> None:
         metavar="TEXT",
         help="may be given several times, as one batch; by default, two of different length",
     )
-    check.add_argument("--steps", type=_positive, default=4, metavar="N", help="denoising steps")
-    check.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise")
+    check.add_argument(
+        "--steps",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="denoising steps; by default, %(default)s",
+    )
+    check.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the noise; by default, %(default)s"
+    )
     check.add_argument(
         "--set",
         action="append",
         default=[],
         type=_assignment,
         metavar="NAME=VALUE",
-        help="another argument of the pipeline, e.g. height=512; VALUE is JSON, or else a text",
+        help="another argument of the pipeline, e.g. height=512; VALUE is JSON, or True, "
+        "False or None, or else a text",
     )
     kernels = ["auto", *(provider.name for provider in PROVIDERS)]
     check.add_argument(
@@ -84,9 +96,15 @@ def add_command(commands: Any) -> None:
 def _check(args: argparse.Namespace) -> int:
     from diffusers_fa3.tools.check.processes import on_ranks
     from diffusers_fa3.tools.check.progress import progress_bar
-    from diffusers_fa3.tools.check.report import as_json, write_report
+    from diffusers_fa3.tools.check.report import as_json, make_folder, write_report
 
     check_choice(args.kernel)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda needs a CUDA device, and torch sees none; give --device cpu"
+        )
+    if args.out is not None:
+        make_folder(args.out)
     command = sys.argv[1:]
     try:
         with progress_bar() as advance:
@@ -99,11 +117,11 @@ def _check(args: argparse.Namespace) -> int:
             f"the check needs more memory than the device has: {str(error).partition('. ')[0]}. "
             "Ask for less, e.g. one --prompt, or --set height=512 --set width=512"
         ) from error
+    print(as_json(parity, command) if args.json else parity, flush=True)
     if args.out is not None:
         write_report(parity, args.out, command)
-    print(as_json(parity, command) if args.json else parity)
-    if args.out is not None and not args.json:
-        print(f"report: {args.out / 'report.html'}")
+        if not args.json:
+            print(f"report: {args.out / 'report.html'}")
     return 0 if parity.passed else 1
 
 
@@ -152,6 +170,8 @@ def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"NAME=VALUE; got {text}")
+    if value in OF_PYTHON:
+        return name, OF_PYTHON[value]
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

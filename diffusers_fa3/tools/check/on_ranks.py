@@ -12,15 +12,16 @@ import torch.distributed as dist
 
 from diffusers_fa3.kernels import KernelChoice
 from diffusers_fa3.layers import coverage, disable_fa3, enable_fa3
+from diffusers_fa3.tools.check.arguments import arguments_of
 from diffusers_fa3.tools.check.by_layer import by_layer
 from diffusers_fa3.tools.check.check import STEPS, be_quiet, machine_of
 from diffusers_fa3.tools.check.drawn import Runs, draw, drawn_of, pictures_of
 from diffusers_fa3.tools.check.gather import of_all_ranks
-from diffusers_fa3.tools.check.kept import kept
+from diffusers_fa3.tools.check.kept import device_of, kept
 from diffusers_fa3.tools.check.kernel_errors import errors_of_kernels
 from diffusers_fa3.tools.check.observed import words_of_kernel
 from diffusers_fa3.tools.check.parity import UNCOMPARED, Drawn, Layer, Parity
-from diffusers_fa3.tools.check.runs import Run, arguments_of, must_run, run, words_of
+from diffusers_fa3.tools.check.runs import Run, must_run, run, words_of
 from diffusers_fa3.tools.check.split_calls import RankObserver
 from diffusers_fa3.tools.check.splitting import (
     heads_of,
@@ -65,7 +66,7 @@ def check_on_ranks(
         ranks = dist.get_world_size()
         mode = mode_for([heads_of(model) for model in models], ranks)
         how = f"split over {ranks} ranks by {words_of_mode(mode)}, as it does on one process"
-        with must_run(how, "Another number of --ranks may do"), errors_of_kernels() as errors:
+        with must_run(how, _mend(pipe)), errors_of_kernels() as errors:
             split(models, mode)
             observer = RankObserver(
                 lambda: on_progress("layer by layer"), dist.get_rank(), errors=errors
@@ -89,6 +90,16 @@ def check_on_ranks(
         ranks,
         words_of_mode(mode),
     )
+
+
+def _mend(pipe: Any) -> str:
+    """What may help where the split model does not run."""
+    if device_of(pipe).type == "cpu":
+        return (
+            "On CPUs the tokens must divide by the number of ranks: another --ranks N may do, or "
+            "another size or prompt"
+        )
+    return "Another number of --ranks may do"
 
 
 def _run_on_ranks(

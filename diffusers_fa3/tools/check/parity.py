@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers_fa3.tools.check.as_dict import dict_of
 from diffusers_fa3.tools.check.budget import Errors, Measured, allowed_on_ranks
+from diffusers_fa3.tools.check.served import caveat_of, kernels_of
 from diffusers_fa3.tools.check.table import table_of
 
 UNCOMPARED = "the whole is not compared, since the kernel did not serve"
@@ -193,9 +194,16 @@ class Parity:
 
     @property
     def where(self) -> str:
-        """The kernel that was asked for, and the ranks if there are several."""
+        """The kernels that served, what was asked for, and the ranks if there are several."""
+        served = kernels_of(self.layers) or (self.kernel,)
+        asked = "" if served == (self.kernel,) else f" (asked for: {self.kernel})"
         ranks = f", on {self.ranks} ranks ({self.split})" if self.split else ""
-        return f"kernel {self.kernel}{ranks}"
+        return f"kernel {', '.join(served)}{asked}{ranks}"
+
+    @property
+    def caveat(self) -> str:
+        """What the verdict does not tell; empty if there is nothing."""
+        return caveat_of(kernels_of(self.layers))
 
     def to_dict(self) -> dict[str, Any]:
         """The check as plain dicts, lists, strings, numbers and bools; see docs/check.md."""
@@ -212,6 +220,7 @@ class Parity:
                 f"{self.calls} calls compared with float64 on {self.where}: {verdict}",
                 *(f"  {problem}" for problem in problems[:TOLD]),
                 *more,
+                *filter(None, [self.caveat]),
             ]
         )
 

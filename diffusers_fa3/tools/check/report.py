@@ -7,7 +7,9 @@ import html
 import io
 import json
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -32,6 +34,7 @@ img {{ max-width: 100% }}
 <h1>{title}</h1>
 <h2 class="{outcome}">{verdict}</h2>
 {problems}
+{caveat}
 <p>The errors are those of single attention calls against float64, as shares of the largest value of
 the output. Both attentions are given the same inputs, those of a run on the default attention.
 Allowed is twice the default's own error, plus a few roundings.</p>
@@ -48,6 +51,27 @@ Allowed is twice the default's own error, plus a few roundings.</p>
 """
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report, and try whether files can be written there.
+
+    Raises:
+        InputError: they cannot.
+    """
+    with _told():
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"the report goes into a folder; cannot write it: {error}. Give another one"
+        ) from error
+
+
 def write_report(parity: Parity, folder: Path, command: Sequence[str]) -> None:
     """Write report.html, report.png and report.json.
 
@@ -58,15 +82,11 @@ def write_report(parity: Parity, folder: Path, command: Sequence[str]) -> None:
     prompts = parity.arguments.get("prompt", ())
     labels = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
     sheet = None if parity.pictures is None else sheet_of(parity.pictures, labels)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    with _told():
         _stacked([plot, *([sheet] if sheet is not None else [])]).save(folder / "report.png")
         (folder / "report.html").write_text(page_of(parity, plot, sheet, command), "utf-8")
         (folder / "report.json").write_text(as_json(parity, command), "utf-8")
-    except OSError as error:
-        raise InputError(
-            f"the report goes into a folder; cannot write it: {error}. Give another one"
-        ) from error
 
 
 def as_json(parity: Parity, command: Sequence[str]) -> str:
@@ -85,6 +105,7 @@ def page_of(
         outcome="passed" if parity.passed else "failed",
         verdict=verdict,
         problems=f"<ul>{problems}</ul>" if problems else "",
+        caveat=f"<p>{html.escape(parity.caveat)}</p>" if parity.caveat else "",
         layers=_table(rows_of(parity.layers)),
         plot=_img(plot, "errors by layer and by step"),
         pictures="" if sheet is None else _img(sheet, "pictures: default, ours, difference"),

@@ -1,9 +1,9 @@
-"""One run of a pipeline or model: its arguments, the latents after each step, and the result."""
+"""One run of a pipeline or model: the latents after each step, and the result."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_fa3.errors import FA3Error, InputError
-from diffusers_fa3.tools.check.kept import device_of, gpus_of
-
-PROMPTS = (
-    "seven",
-    "a small red wooden house by a lake, seen from far away under a cloudy evening sky",
-)
-"""Of different length, so that one of them is padded."""
-SMALL_SIDE = 8
-"""On a CPU, latents are this many high and wide, unless the user says otherwise."""
-SMALL_VIDEO = 9
-"""Frames of a video on a CPU: 4 n + 1 and 8 n + 1, as pipelines ask for."""
-
+from diffusers_fa3.tools.check.kept import gpus_of
 
 Array = np.ndarray[Any, Any]
 
@@ -37,50 +26,6 @@ class Run:
     """After each step; empty for a model, and where the pipeline has no callback."""
     result: Array | None
     """Pictures, a video, or the model's output; None if it is none of them."""
-
-
-def arguments_of(
-    pipe_or_model: Any, inputs: Mapping[str, Any] | None, prompts: Sequence[str] | None, steps: int
-) -> dict[str, Any]:
-    """The arguments of each run: `inputs`, and what a pipeline needs besides.
-
-    Raises:
-        InputError: a model without inputs, a generator among them, or arguments that lack.
-    """
-    given = dict(inputs or {})
-    if isinstance(pipe_or_model, nn.Module):
-        if not given:
-            raise InputError(
-                f"a model by itself needs `inputs`, the arguments of its forward by name; got none "
-                f"for {type(pipe_or_model).__name__}"
-            )
-        return given
-    if "generator" in given:
-        raise InputError(
-            "every run needs a new generator of the same seed; got one. Give `seed` instead"
-        )
-    parameters = inspect.signature(pipe_or_model.__call__).parameters
-    usual: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
-    if prompts is not None or "prompt_embeds" not in given:
-        usual["prompt"] = list(PROMPTS if prompts is None else prompts)
-    if device_of(pipe_or_model).type == "cpu" and not {"height", "width"} & given.keys():
-        usual |= {**_small(pipe_or_model), "num_frames": SMALL_VIDEO}
-    usual["return_dict"] = False
-    given = {name: value for name, value in usual.items() if name in parameters} | given
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    lacking = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.kind in kinds
-        and parameter.default is parameter.empty
-        and name not in {*given, "generator"}
-    ]
-    if lacking:
-        raise InputError(
-            f"{type(pipe_or_model).__name__} needs {', '.join(lacking)}; got no such argument. "
-            "Give it in `inputs`, or by --set NAME=VALUE"
-        )
-    return given
 
 
 def run(
@@ -117,7 +62,8 @@ def run(
 
 @contextmanager
 def must_run(
-    how: str = "on its default attention", mend: str = "Give the arguments that it needs"
+    how: str = "on its default attention",
+    mend: str = "Give the arguments that it needs by `inputs`, or by --set NAME=VALUE",
 ) -> Iterator[None]:
     """Tell an error of the model itself as one of what it was given."""
     try:
@@ -143,13 +89,6 @@ def _word_of(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_word_of(item) for item in value]
     return type(value).__name__
-
-
-def _small(pipe: Any) -> dict[str, Any]:
-    names = ("vae_scale_factor", "vae_scale_factor_spatial")
-    found = (getattr(pipe, name, None) for name in names)
-    side = SMALL_SIDE * next((factor for factor in found if isinstance(factor, int)), 8)
-    return {"height": side, "width": side}
 
 
 def _default_generators(pipe_or_model: Any) -> list[torch.Generator]:

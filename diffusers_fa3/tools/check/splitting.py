@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, ModelMixin
 
 from diffusers_fa3.errors import UnsupportedModelError
 from diffusers_fa3.layers import record_of
@@ -28,15 +28,34 @@ def models_to_split(pipe: Any) -> list[Any]:
     """
     records = (record_of(getattr(module, "processor", None)) for module in modules_of(pipe))
     homes = (record.home for record in records if record is not None)
-    models = list(dict.fromkeys(home.model for home in homes if home is not None))
+    models: list[Any] = list(dict.fromkeys(home.model for home in homes if home is not None))
     if not models:
         raise UnsupportedModelError(
             "only a model of diffusers can be split over ranks; got none with attention layers in "
             f"{type(pipe).__name__}. Check it without --ranks"
         )
+    try:
+        for model in models:
+            cp_plan(model)
+    except UnsupportedModelError:
+        models = _outermost(models, pipe)
     for model in models:
-        cp_plan(model)
+        try:
+            cp_plan(model)
+        except UnsupportedModelError as error:
+            why = str(error).partition(". Run it on one GPU")[0]
+            raise UnsupportedModelError(f"{why}. Check it without --ranks") from error
     return models
+
+
+def _outermost(models: Sequence[Any], pipe: Any) -> list[Any]:
+    """The models of diffusers that these are parts of, as a user knows them."""
+    whole: list[Any] = []
+    for module in modules_of(pipe):  # from the outermost in
+        inside = any(module in set(outer.modules()) for outer in whole)
+        if isinstance(module, ModelMixin) and not inside and {*models} & {*module.modules()}:
+            whole.append(module)
+    return whole
 
 
 def mode_for(heads: Sequence[int | None], ranks: int) -> Mode:

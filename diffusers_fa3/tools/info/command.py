@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 from diffusers_fa3.tools.info.probe import TIMEOUT_S
-from diffusers_fa3.tools.info.report import machine_report
 
 INFO = """\
 Show what this machine has, which kernels can serve on it and why others cannot, what "auto" takes,
@@ -54,6 +53,7 @@ def add_command(commands: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    from diffusers_fa3.tools.info.report import machine_report
     from diffusers_fa3.tools.info.show import show
 
     with contextlib.redirect_stdout(sys.stderr):  # some packages print as they are imported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -16,6 +17,8 @@ PACKAGES = (
     *("cache-dit", "xfuser", "sageattention", "para-attn", "nvidia-cutlass-dsl"),
 )
 """Distributions whose versions are shown; those of kernels are shown with the kernels."""
+VARIABLES = ("DIFFUSERS_FA3_KERNEL", "DIFFUSERS_FA3_FALLBACK")
+"""Variables of the environment that `enable_fa3` reads."""
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -52,6 +55,8 @@ class MachineFacts:
     """The number of the current CUDA device."""
     packages: tuple[tuple[str, str], ...] = ()
     """Name and version of those of `PACKAGES` that are installed."""
+    variables: tuple[tuple[str, str], ...] = ()
+    """Name and value of those of `VARIABLES` that are set."""
 
     @property
     def gpu(self) -> GPU | None:
@@ -85,6 +90,7 @@ def read_facts() -> MachineFacts:
         gpus=tuple(map(_gpu, range(torch.cuda.device_count()))) if has_cuda else (),
         current=torch.cuda.current_device() if has_cuda else 0,
         packages=tuple((name, got) for name in PACKAGES if (got := version_of(name))),
+        variables=tuple((name, os.environ[name]) for name in VARIABLES if name in os.environ),
     )
 
 

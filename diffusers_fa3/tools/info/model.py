@@ -118,6 +118,11 @@ def build(folder: Path) -> nn.Module:
 
     config = _json(folder / "config.json")
     name = config.get("_class_name")
+    if name is None:
+        raise InputError(
+            f"{folder} is no model of diffusers: its config.json names no class by _class_name. "
+            "Give the folder of a transformer or a UNet, or of the whole pipeline"
+        )
     cls: Any = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise InputError(

@@ -42,6 +42,7 @@ class MachineReport:
         """The report as plain dicts, lists, strings, numbers and bools; see `docs/info.md`."""
         facts = {"schema": SCHEMA, **_plain(asdict(self))}
         facts["machine"]["packages"] = dict(facts["machine"]["packages"])
+        facts["machine"]["variables"] = dict(facts["machine"]["variables"])
         for kernel in facts["kernels"]:
             kernel["distributions"] = dict(kernel["distributions"])
         if facts["model"] is not None:

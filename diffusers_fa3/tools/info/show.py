@@ -121,6 +121,7 @@ def _machine_rows(machine: MachineFacts, own: str) -> Iterator[tuple[str, str]]:
     yield "platform", " ".join(filter(None, (machine.platform, machine.libc)))
     yield "diffusers-fa3", own
     yield from machine.packages
+    yield from machine.variables
 
 
 def _kernels(kernels: Sequence[KernelFacts]) -> Section:
