@@ -325,8 +325,11 @@ def every_model(rank: int, family: str, ring: bool) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ring", [False, True], ids=["ulysses", "ring"])
-@pytest.mark.parametrize("family", ["own", "image", "video"])
+@pytest.mark.parametrize(
+    ("family", "ring"),
+    [("own", False), ("image", False), ("video", True)],
+    ids=["own-ulysses", "image-ulysses", "video-ring"],
+)
 def test_every_model_that_can_be_split_passes(family: str, ring: bool) -> None:
     from ranks import results
     from test_parallel_models import families
@@ -416,6 +419,7 @@ def status(*argv: str) -> int:
         return 2
 
 
+@pytest.mark.slow
 def test_the_digits_pass_and_json_is_all_that_is_printed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -438,6 +442,7 @@ def test_the_digits_pass_and_json_is_all_that_is_printed(
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -496,6 +501,7 @@ def too_large(args: object, device: object, tell: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TB")
 
 
+@pytest.mark.slow
 def test_the_answer_is_that_of_rank_0(capfd: pytest.CaptureFixture[str]) -> None:
     told: list[str] = []
     assert on_ranks(adds, 20, 2, "cpu", told.append) == 41
@@ -504,6 +510,7 @@ def test_the_answer_is_that_of_rank_0(capfd: pytest.CaptureFixture[str]) -> None
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "patience", "says"),
     [
@@ -532,6 +539,7 @@ def test_a_rank_in_trouble_ends_all(
     assert "Traceback" not in said.err
 
 
+@pytest.mark.slow
 def test_too_little_memory_of_a_rank_is_known_as_such() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="2 TB"):
         on_ranks(too_large, None, 2, "cpu", lambda stage: None)
@@ -571,6 +579,7 @@ def within(seconds: float, done: Callable[[], bool]) -> bool:
     return done()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="asks Linux whether a process runs")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_ranks_end_with_the_command(how: signal.Signals, tmp_path: Path) -> None:

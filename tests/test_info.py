@@ -435,6 +435,7 @@ def test_all_models_of_diffusers_and_our_own_patches_are_no_conflict() -> None:
     assert done.stdout == "()\n", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_replaced_sdpa_is_seen_in_a_process_that_replaces_it() -> None:
     program = """
 from torch.nn import functional as F
@@ -579,6 +580,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Provider
     return {n: Provider(n, getattr(module, n), "pip install it", cuda=False) for n in names}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_ends_its_process_is_named_and_the_next_one_tried(
     fakes: dict[str, Provider],
 ) -> None:
@@ -603,6 +605,7 @@ def test_a_kernel_that_ends_its_process_is_named_and_the_next_one_tried(
     assert outcomes == {"load": "ok", "dense": "ok", "packed": "ok", "seqused": "skipped"}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_hangs_is_ended(fakes: dict[str, Provider]) -> None:
     (probe,) = probe_kernels([fakes["hangs"]], timeout_s=10)
     assert probe.fault
@@ -610,6 +613,7 @@ def test_a_kernel_that_hangs_is_ended(fakes: dict[str, Provider]) -> None:
     assert "not done after 10 s" in probe.fault.detail
 
 
+@pytest.mark.slow
 def test_a_kernel_that_ends_its_process_is_not_loaded_by_the_report(
     tmp_path: Path,
     folders: dict[str, Path],

@@ -172,7 +172,8 @@ def parity(
     return found
 
 
-ALL = slice(None)
+LAST = slice(-1, None)
+"""The layout that a case names last: of those that take a mask, a gap in it."""
 
 
 def sent_by(found: Found, what: str) -> int:
@@ -188,7 +189,7 @@ def plan_of(case: Case) -> Any:
     return cp_plan(case.build())
 
 
-def check(family: str, world: int, modes: tuple[str, ...], some: slice = ALL) -> None:
+def check(family: str, world: int, modes: tuple[str, ...], some: slice) -> None:
     """Run a family's cases, with some of their layouts."""
     _, refused = families()[family]
     ranks = results("test_parallel_models:parity", world, family, known(modes), some)
@@ -221,20 +222,20 @@ FAMILIES = ("own", "image", "video")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_split_models_are_as_on_one_process(family: str) -> None:
-    check(family, 2, ("U2", "RA2") if known(("RA2",)) else ("U2", "R2"), slice(0, None, 2))
+    check(family, 2, ("U2", "RA2") if known(("RA2",)) else ("U2", "R2"), LAST)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_split_models_are_as_on_one_process_in_every_layout(family: str) -> None:
-    check(family, 2, ("U2", "RA2"), slice(1, None, 2))  # the others are in the test above
-    check(family, 2, ("R2", "UA2"))
+    check(family, 2, ("U2", "RA2"), slice(0, -1))  # the last one is in the test above
+    check(family, 2, ("R2", "UA2"), LAST)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_split_models_are_as_on_one_process_on_four_ranks(family: str) -> None:
-    check(family, 4, ("R4", "U2R2"), slice(0, None, 3))
+    check(family, 4, ("R4", "U2R2"), LAST)
 
 
 def odd_sizes(rank: int, modes: tuple[str, ...], words: int) -> dict[tuple[str, str], float]:

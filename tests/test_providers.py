@@ -257,7 +257,7 @@ def test_a_name_is_honoured_or_refused_with_every_reason():
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    words = 'no kernel is called "fa3-fwd"; kernel is one of auto, flash_attn_3, fa3_fwd, '
+    words = 'no kernel is called "fa3-fwd"; kernel is one of auto, fastest, flash_attn_3, '
     with pytest.raises(KernelUnavailableError, match=words):
         installed().select(BF16, H100, "fa3-fwd")
 

@@ -345,7 +345,9 @@ def with_graph_breaks(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tenso
 
 # diffusers 0.36 calls a cached function in its dispatcher
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning")
-@pytest.mark.parametrize("name", ["flux", "sd3", "unet_sd15"])
+@pytest.mark.parametrize(
+    "name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "unet_sd15"))]
+)
 @pytest.mark.parametrize("first", ["switched", "other"])
 def test_a_switched_model_and_another_are_compiled_in_any_order(name: str, first: str) -> None:
     torch._dynamo.reset()
