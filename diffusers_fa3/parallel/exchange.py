@@ -191,7 +191,7 @@ def _gather(
     """`rows` of all ranks of a group, end to end; `tokens` are their lengths where they differ."""
     if needs_grad(rows):
         lengths = [rows.shape[0]] * group.size if tokens is None else list(tokens)
-        gathered: Tensor = _Gather.apply(rows, group, lengths, tokens is not None)  # type: ignore[no-untyped-call]  # torch gives it no types
+        gathered: Tensor = _Gather.apply(rows, group, lengths, tokens is not None)  # type: ignore[no-untyped-call, unused-ignore]  # torch gives it no types
         return gathered
     if tokens is not None:
         # A gather of unequal parts is not in every backend; sending all the same to each is.
@@ -215,7 +215,7 @@ def _all_to_all(
 ) -> Tensor:
     """Rows for each rank of a group, end to end, against theirs for this one."""
     if needs_grad(rows):
-        exchanged: Tensor = _AllToAll.apply(rows, group, receive, send)  # type: ignore[no-untyped-call]  # torch gives it no types
+        exchanged: Tensor = _AllToAll.apply(rows, group, receive, send)  # type: ignore[no-untyped-call, unused-ignore]  # torch gives it no types
         return exchanged
     if torch.compiler.is_compiling():
         return functional.all_to_all_single(rows, receive, send, group.name)  # type: ignore[arg-type]  # a NewType of str
