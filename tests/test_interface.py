@@ -10,8 +10,8 @@ from by_name import by_name
 from oracle import close, oracle
 from schemas import OPS
 
+from diffusers_fa3 import flash_attn_varlen_func, flash_attn_with_kvcache
 from diffusers_fa3.errors import InputError, KernelUnavailableError
-from diffusers_fa3.interface import flash_attn_varlen_func, flash_attn_with_kvcache
 from diffusers_fa3.kernels.providers import reference
 
 UPSTREAM_VARLEN = (
