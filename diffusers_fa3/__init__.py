@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffusers_fa3.call import attention
 from diffusers_fa3.errors import (
@@ -16,8 +15,10 @@ from diffusers_fa3.errors import (
     UnsupportedModelError,
     UnsupportedVersionError,
 )
-from diffusers_fa3.interface import flash_attn_varlen_func, flash_attn_with_kvcache
+from diffusers_fa3.interface import flash_attn_varlen_func
+from diffusers_fa3.interface_kvcache import flash_attn_with_kvcache
 from diffusers_fa3.kernels import available_kernels, call_kernel
+from diffusers_fa3.lazy import lazily
 from diffusers_fa3.masks import PackingPlan, plan_packing
 
 if TYPE_CHECKING:
@@ -72,8 +73,4 @@ __all__ = [
     "unregister",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _TOUCHES_DIFFUSERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_TOUCHES_DIFFUSERS[name]}"), name)
+__getattr__ = lazily(__name__, _TOUCHES_DIFFUSERS)

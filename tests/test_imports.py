@@ -44,7 +44,15 @@ ROOMS = {
         "model_plan",
         "home",
     ),
-    TOP: ("interface", "interface_checks", "call", "fastest", "attention", "inputs"),
+    TOP: (
+        "interface_kvcache",
+        "interface",
+        "interface_checks",
+        "call",
+        "fastest",
+        "attention",
+        "inputs",
+    ),
     "masks": ("plan_cache", "planning", "packing", "read", "rows", "outer", "meaning"),
     "kernels": (
         "compiled",
@@ -61,7 +69,7 @@ ROOMS = {
         "out",
         "signature",
     ),
-    BOTTOM: ("errors", "options"),
+    BOTTOM: ("errors", "lazy", "options"),
 }
 """The map of the package. A room imports from the rooms below it, and a file from the files below
 it in its room. `masks` and `kernels` do not import each other."""

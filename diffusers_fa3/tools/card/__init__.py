@@ -7,17 +7,13 @@ words, `markdown` escapes them. `marks` finds the section, `readme` reads and re
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from diffusers_fa3.lazy import lazily
 
 if TYPE_CHECKING:
     from diffusers_fa3.tools.card.card import Written, write_card
 
 __all__ = ["Written", "write_card"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name, and diffusers with it, when it is first used."""
-    if name in __all__:
-        return getattr(import_module("diffusers_fa3.tools.card.card"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, dict.fromkeys(__all__, "card"))  # with diffusers
