@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import exit_status
 from PIL import Image
 from releases import needs
 from torch.nn import functional
@@ -266,13 +267,6 @@ def test_options_change_a_call_or_make_one() -> None:
     assert asked() == [BY_NAME["padding"]]
 
 
-def status(*argv: str) -> object:
-    try:
-        return cli.main(argv)
-    except SystemExit as end:
-        return end.code
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -287,7 +281,7 @@ def status(*argv: str) -> object:
 def test_bad_options_are_refused_in_words(
     options: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status("bench", *options) == 2
+    assert exit_status("bench", *options) == 2
     assert says in capsys.readouterr().err
 
 
@@ -296,7 +290,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in (tmp_path / "nosuch" / "x", tmp_path):
-        assert status("bench", "--small", "--valid", "0.1,0.2,0.3", option, str(file)) == 2
+        assert exit_status("bench", "--small", "--valid", "0.1,0.2,0.3", option, str(file)) == 2
         said = capsys.readouterr()
         assert f"write into a folder that exists; got {option} {file}" in said.err
         assert said.out == ""
@@ -312,7 +306,7 @@ def test_a_time_within_the_noise_is_told_as_such() -> None:
 
 
 def test_the_release_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert status("--version") == 0
+    assert exit_status("--version") == 0
     assert capsys.readouterr().out == f"diffusers-fa3 {__version__}\n"
 
 
@@ -323,7 +317,7 @@ def test_a_missing_extra_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert status("bench", "--small") == 2
+    assert exit_status("bench", "--small") == 2
     assert "pip install 'diffusers-fa3[bench]'" in capsys.readouterr().err
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import tiny
+from command_line import exit_status
 from digits_task import MODEL_DIR
 from huggingface_hub import ModelCard
 from releases import QWENIMAGE_MASKS, needs
@@ -50,13 +51,6 @@ def own_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_parser", parser)
 
 
-def status(*argv: str | Path) -> object:
-    try:
-        return cli.main([*map(str, argv)])
-    except SystemExit as end:
-        return end.code
-
-
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
     """The digits, without weights: they are not needed."""
@@ -86,7 +80,7 @@ def parity(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
             str(file.parent),
         ]
         monkeypatch.setattr(sys, "argv", ["diffusers-fa3", *argv])
-        assert status(*argv) == 0
+        assert exit_status(*argv) == 0
     return file
 
 
@@ -98,7 +92,7 @@ def speed(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
         how = ("--valid", "none,0.5", "--dtype", "fp32", "--device", "cpu", "--rounds", "2")
         argv = ["bench", *SIZES, *how, "--json", str(file)]
         monkeypatch.setattr(sys, "argv", ["diffusers-fa3", *argv])
-        assert status(*argv) == 0
+        assert exit_status(*argv) == 0
     return file
 
 
@@ -125,7 +119,7 @@ def changed(file: Path, to: Path, change: Callable[[Report], object]) -> Path:
 def test_the_command_writes_what_is_known_and_nothing_that_was_not_measured(
     digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status("card", digits) == 0
+    assert exit_status("card", digits) == 0
     assert capsys.readouterr().out == f"{digits / 'README.md'}: section added\n"
     section = section_in(digits)
     assert re.findall("^##+ .*", section, flags=re.MULTILINE) == [
@@ -182,7 +176,7 @@ def test_a_check_that_failed_is_written_as_failed(
         report["problems"] = [f"a|b, layer {i} <b>" for i in range(12)]
 
     failed = changed(parity, tmp_path / "failed.json", fail)
-    assert status("card", digits, "--parity", failed) == 0
+    assert exit_status("card", digits, "--parity", failed) == 0
     assert "note: the parity check failed, and the section says so" in capsys.readouterr().out
     section = section_in(digits)
     assert "**FAILED**, 12 problems" in section
@@ -358,7 +352,7 @@ def test_a_broken_card_is_left_as_it_was(
     digits: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (digits / "README.md").write_text(text)
-    assert status("card", digits) == 2
+    assert exit_status("card", digits) == 2
     captured = capsys.readouterr()
     assert says in captured.err
     assert "the file is as it was" in captured.err
@@ -497,7 +491,7 @@ def test_a_file_that_is_no_report_ends_with_status_2(
     if content is not None:
         file.write_text(content)
     before = text_of(digits)
-    assert status("card", digits, kind, file) == 2
+    assert exit_status("card", digits, kind, file) == 2
     assert re.search(says, capsys.readouterr().err)
     assert text_of(digits) == before
 

@@ -9,8 +9,8 @@ counts each call, and `coverage_report` builds the report.
 from building an S x S mask. `pads` lists the models that never read attention's output at padded
 tokens. `dispatcher` is `register()` and `unregister()`.
 
-Only `layers` and `tools` import diffusers. `host` lists the diffusers internals that are used. Only
-`dispatcher` patches diffusers, and only between `register()` and `unregister()`.
+Only `layers`, `parallel` and `tools` import diffusers. `host` lists the diffusers internals that
+are used. Only `dispatcher` patches diffusers, and only between `register()` and `unregister()`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from diffusers_fa3.layers.dispatcher import register, unregister
 from diffusers_fa3.layers.enable import coverage, disable_fa3, enable_fa3
 from diffusers_fa3.layers.frame import Frame, begin
 from diffusers_fa3.layers.processor import FA3AttnProcessor, record_of
-from diffusers_fa3.layers.record import LayerRecord
+from diffusers_fa3.layers.record import VARIABLES, LayerRecord
 
 __all__ = [
+    "VARIABLES",
     "FA3AttnProcessor",
     "Frame",
     "LayerRecord",

@@ -29,6 +29,7 @@ from diffusers_fa3.parallel import Home
 Fallback = Literal["warn", "error", "silent"]
 
 KERNEL_VARIABLE, FALLBACK_VARIABLE = "DIFFUSERS_FA3_KERNEL", "DIFFUSERS_FA3_FALLBACK"
+VARIABLES = (KERNEL_VARIABLE, FALLBACK_VARIABLE)
 """Environment variables: the kernel's name and `fallback`, where a call gives none."""
 
 

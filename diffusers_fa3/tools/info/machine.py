@@ -17,8 +17,6 @@ PACKAGES = (
     *("cache-dit", "xfuser", "sageattention", "para-attn", "nvidia-cutlass-dsl"),
 )
 """Distributions whose versions are shown; those of kernels are shown with the kernels."""
-VARIABLES = ("DIFFUSERS_FA3_KERNEL", "DIFFUSERS_FA3_FALLBACK")
-"""Variables of the environment that `enable_fa3` reads."""
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -56,7 +54,7 @@ class MachineFacts:
     packages: tuple[tuple[str, str], ...] = ()
     """Name and version of those of `PACKAGES` that are installed."""
     variables: tuple[tuple[str, str], ...] = ()
-    """Name and value of those of `VARIABLES` that are set."""
+    """Name and value of those that are set of the variables that `enable_fa3` reads."""
 
     @property
     def gpu(self) -> GPU | None:
@@ -76,6 +74,8 @@ class MachineFacts:
 
 def read_facts() -> MachineFacts:
     """The facts of this machine and this process. Loads no kernel."""
+    from diffusers_fa3.layers import VARIABLES  # with diffusers
+
     has_cuda = torch.cuda.is_available()
     return MachineFacts(
         platform=f"{platform.system()} {platform.machine()}",
@@ -85,7 +85,7 @@ def read_facts() -> MachineFacts:
         cuda=torch.version.cuda or "",
         rocm=getattr(torch.version, "hip", None) or "",
         cxx11_abi=torch.compiled_with_cxx11_abi(),
-        cudnn=torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        cudnn=torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch gives it no types
         driver=read_driver(),
         gpus=tuple(map(_gpu, range(torch.cuda.device_count()))) if has_cuda else (),
         current=torch.cuda.current_device() if has_cuda else 0,
