@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -17,6 +16,7 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+from command_line import exit_status
 from diffusers import (
     DDIMScheduler,
     QwenImagePipeline,
@@ -35,7 +35,6 @@ from zoo.case import cast
 from zoo.unet import CONFIG, TEXT_WIDTH
 
 from diffusers_fa3 import (
-    FA3Error,
     InputError,
     KernelUnavailableError,
     UnsupportedModelError,
@@ -48,7 +47,7 @@ from diffusers_fa3.tools.check.arguments import arguments_of
 from diffusers_fa3.tools.check.budget import Errors, Measured, measure
 from diffusers_fa3.tools.check.check import check_parity
 from diffusers_fa3.tools.check.drawn import Pictures
-from diffusers_fa3.tools.check.exact import exact_blocks
+from diffusers_fa3.tools.check.exact import AttentionCall, exact_blocks
 from diffusers_fa3.tools.check.loading import MOST, _shortened
 from diffusers_fa3.tools.check.report import write_report
 from diffusers_fa3.tools.check.runs import words_of
@@ -526,7 +525,7 @@ def test_blocks_are_the_exact_attention(kind: str, limit: int) -> None:
     mask = {"none": None, "causal": None, "additive": torch.zeros(1).where(seen, -1e4)}
     allowed = mask.get(kind, seen)
     out, blocks = torch.full((2, 7, 4, 8), torch.nan, dtype=torch.float64), 0
-    for block in exact_blocks(q, k, v, allowed, None, kind == "causal", limit):
+    for block in exact_blocks(AttentionCall(q, k, v, allowed, None, kind == "causal"), limit):
         out[block.sample, block.rows, block.heads] = block.out
         blocks += 1
     assert blocks == {1: 56, 2**28: 2}.get(limit, blocks)
@@ -544,7 +543,7 @@ def test_rows_without_keys_are_0_and_hidden_values_do_not_matter() -> None:
     mask = torch.tensor([True, True, True, True, False])[None, None, None].repeat(1, 1, 5, 1)
     mask[..., 2, :] = False
     k[:, 4] = v[:, 4] = torch.nan
-    (block,) = exact_blocks(q, k, v, mask, None, False)
+    (block,) = exact_blocks(AttentionCall(q, k, v, mask))
     assert not block.out[2].any()
     assert block.out.isfinite().all()
 
@@ -554,10 +553,10 @@ def test_values_that_the_default_does_not_give_are_left_out_and_counted() -> Non
     right = nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     default, ours = right.transpose(1, 2).clone(), right.transpose(1, 2)
     default[0, 3] = torch.nan
-    measured = measure(q, k, v, None, None, False, default, ours)
+    measured = measure(AttentionCall(q, k, v), default, ours)
     assert measured.unknown == 16
     assert measured.share < 1
-    assert math.isinf(measure(q, k, v, None, None, False, ours, default).share)
+    assert math.isinf(measure(AttentionCall(q, k, v), ours, default).share)
 
 
 def test_the_budget_is_twice_the_error_of_the_default_by_both_measures() -> None:
@@ -640,25 +639,16 @@ def test_arguments_are_told_in_words() -> None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def status(*argv: str) -> int:
-    """What the command returns, as `diffusers-fa3` returns it."""
-    parser = argparse.ArgumentParser("diffusers-fa3")
-    command.add_command(parser.add_subparsers(required=True))
-    try:
-        args = parser.parse_args(["check", *argv])
-        return int(args.run(args))
-    except SystemExit as end:
-        return int(end.code or 0)
-    except FA3Error as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
 def test_the_digits_pass_and_the_report_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needs(*QWENIMAGE_MASKS)
-    assert status(str(MODEL_DIR), "--device", "cpu", "--out", str(tmp_path), "--steps", "2") == 0
+    assert (
+        exit_status(
+            "check", str(MODEL_DIR), "--device", "cpu", "--out", str(tmp_path), "--steps", "2"
+        )
+        == 0
+    )
     said = capsys.readouterr()
     assert "reference (packed)" in said.out
     assert "float64 on kernel reference (asked for: auto): passed\nAll calls were on" in said.out
@@ -677,7 +667,7 @@ def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     needs(*QWENIMAGE_MASKS)
     options = ("--json", "--steps", "1", "--dtype", "bf16", "--prompt", "seven", "--prompt", "a 4")
     size = ("--set", "height=16", "--set", "width=16")
-    assert status(str(MODEL_DIR), "--device", "cpu", *options, *size) == 0
+    assert exit_status("check", str(MODEL_DIR), "--device", "cpu", *options, *size) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passed"]
     assert found["arguments"]["prompt"] == ["seven", "a 4"]
@@ -697,7 +687,7 @@ def test_a_failed_check_exits_with_1(
         return usual(*args, **{**options, "kernel": WRONG[0]})
 
     monkeypatch.setattr(check, "check_parity", with_wrong_kernel)
-    assert status(str(MODEL_DIR), "--device", "cpu", "--steps", "1") == 1
+    assert exit_status("check", str(MODEL_DIR), "--device", "cpu", "--steps", "1") == 1
     assert "FAILED, 3 problems" in capsys.readouterr().out
 
 
@@ -726,7 +716,7 @@ def test_a_failed_check_exits_with_1(
 def test_what_cannot_run_exits_with_2(
     options: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status(*options, "--device", "cpu") == 2
+    assert exit_status("check", *options, "--device", "cpu") == 2
     assert says in capsys.readouterr().err
 
 
@@ -734,7 +724,7 @@ def test_without_a_gpu_cuda_is_refused_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert status("no/such/folder", "--device", "cuda") == 2
+    assert exit_status("check", "no/such/folder", "--device", "cuda") == 2
     assert "--device cuda needs a CUDA device, and torch sees none; give" in capsys.readouterr().err
 
 
@@ -743,7 +733,10 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_loaded(
 ) -> None:
     (tmp_path / "file").write_text("")
     for out in ("file", "file/inside"):
-        assert status("no/such/folder", "--device", "cpu", "--out", str(tmp_path / out)) == 2
+        assert (
+            exit_status("check", "no/such/folder", "--device", "cpu", "--out", str(tmp_path / out))
+            == 2
+        )
         assert "the report goes into a folder; cannot write it" in capsys.readouterr().err
 
 
@@ -767,7 +760,7 @@ def test_a_pipeline_that_came_from_the_hub_and_does_not_load_is_told_as_such(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "a/file")
-    assert status("no/such/folder", "--device", "cpu") == 2
+    assert exit_status("check", "no/such/folder", "--device", "cpu") == 2
     said = capsys.readouterr().err
     assert "got no/such/folder: " in said
     assert "the hub has no such name" not in said
@@ -788,7 +781,7 @@ def test_too_little_memory_is_told_with_what_to_do(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TB")
 
     monkeypatch.setattr(check, "check_parity", too_large)
-    assert status(str(MODEL_DIR), "--device", "cpu") == 2
+    assert exit_status("check", str(MODEL_DIR), "--device", "cpu") == 2
     assert "more memory than the device has: CUDA out of memory. Ask" in capsys.readouterr().err
 
 

@@ -6,7 +6,6 @@ and ended have functions of few imports, since each new process imports this fil
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -25,9 +24,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from command_line import exit_status
 
 from diffusers_fa3 import FA3Error, InputError, UnsupportedModelError
-from diffusers_fa3.tools.check import command
 from diffusers_fa3.tools.check.processes import on_ranks
 
 TESTS = Path(__file__).parent
@@ -405,20 +404,6 @@ def test_ranks_that_cannot_be_started_are_refused(monkeypatch: pytest.MonkeyPatc
 # --- the command ---------------------------------------------------------------------------------
 
 
-def status(*argv: str) -> int:
-    """What the command returns, as `diffusers-fa3` returns it."""
-    parser = argparse.ArgumentParser("diffusers-fa3")
-    command.add_command(parser.add_subparsers(required=True))
-    try:
-        args = parser.parse_args(["check", *argv])
-        return int(args.run(args))
-    except SystemExit as end:
-        return int(end.code or 0)
-    except FA3Error as error:
-        print(f"diffusers-fa3: {error}", file=sys.stderr)
-        return 2
-
-
 @pytest.mark.slow
 def test_the_digits_pass_and_json_is_all_that_is_printed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -428,7 +413,7 @@ def test_the_digits_pass_and_json_is_all_that_is_printed(
     if not hasattr(ContextParallelConfig, "ring_anything"):
         pytest.skip("this diffusers cannot split a text of an odd number of tokens")
     options = ("--device", "cpu", "--ranks", "2", "--steps", "1", "--json", "--out", str(tmp_path))
-    assert status(str(DIGITS), *options) == 0
+    assert exit_status("check", str(DIGITS), *options) == 0
     said = capfd.readouterr()
     found = json.loads(said.out)
     assert found["passed"]
@@ -455,7 +440,7 @@ def test_the_digits_pass_and_json_is_all_that_is_printed(
 def test_what_cannot_run_exits_with_2_and_is_told_once(
     options: list[str], says: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert status(*options, "--device", "cpu") == 2
+    assert exit_status("check", *options, "--device", "cpu") == 2
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err.count(says) == 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusers_fa3.tools.check.exact import exact_blocks
+from diffusers_fa3.tools.check.exact import AttentionCall, exact_blocks
 
 FACTOR = 2.0
 """How many times the default's own error is allowed."""
@@ -75,20 +75,11 @@ def allowed_on_ranks(ours: Errors, other: Errors | None, rounding: float) -> flo
     return RANKS_FACTOR * usual + rounding
 
 
-def measure(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    default: Tensor,
-    ours: Tensor,
-) -> Measured:
-    """Compare two (B, Sq, H, Dv) outputs of the same call with float64; see `exact_blocks`."""
-    zero = torch.zeros((), dtype=torch.float64, device=q.device)
+def measure(call: AttentionCall, default: Tensor, ours: Tensor) -> Measured:
+    """Compare two (B, Sq, H, Dv) outputs of the same call with float64."""
+    zero = torch.zeros((), dtype=torch.float64, device=call.q.device)
     peak, count, largest, squares = zero, zero, [zero, zero], [zero, zero]
-    for block in exact_blocks(q, k, v, mask, scale, causal):
+    for block in exact_blocks(call):
         outputs = [block.of(output) for output in (default, ours)]
         known = outputs[0].isfinite() & block.out.isfinite()
         peak = torch.maximum(peak, block.out.abs().where(known, 0.0).amax())

@@ -14,6 +14,23 @@ COPIES = 4
 """Logits, their mask, the weights, and what softmax needs."""
 
 
+class AttentionCall(NamedTuple):
+    """What an attention call computes, in the order of `default_attention`'s arguments."""
+
+    q: Tensor
+    """(B, Sq, H, D)"""
+    k: Tensor
+    """(B, Sk, Hk, D); H is a multiple of Hk."""
+    v: Tensor
+    """(B, Sk, Hk, Dv)"""
+    mask: Tensor | None = None
+    """bool or additive float, 4-D, which broadcasts to (B, H, Sq, Sk)."""
+    scale: float | None = None
+    """Factor of the logits; None is D ** -0.5."""
+    causal: bool = False
+    """Query i sees keys up to i."""
+
+
 class Block(NamedTuple):
     """The exact output of some queries and heads of one sample."""
 
@@ -28,28 +45,13 @@ class Block(NamedTuple):
         return tensor[self.sample, self.rows, self.heads].double()
 
 
-def exact_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    limit: int = BYTES,
-) -> Iterator[Block]:
+def exact_blocks(call: AttentionCall, limit: int = BYTES) -> Iterator[Block]:
     """What `scaled_dot_product_attention` computes, in float64, block by block.
 
-    A row without any key is 0. Values at keys that no query of a block sees do not matter.
-
-    Args:
-        q: (B, Sq, H, D).
-        k: (B, Sk, Hk, D); H is a multiple of Hk.
-        v: (B, Sk, Hk, Dv).
-        mask: bool or additive float, 4-D, which broadcasts to (B, H, Sq, Sk).
-        scale: factor of the logits; None is D ** -0.5.
-        causal: query i sees keys up to i.
-        limit: bytes for the logits of a block.
+    A row without any key is 0. Values at keys that no query of a block sees do not matter. The
+    logits of a block take up to `limit` bytes.
     """
+    q, k, v, mask, scale, causal = call
     batch, q_len, heads, head_dim = q.shape
     k_len, group = k.shape[1], heads // k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale

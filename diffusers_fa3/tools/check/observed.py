@@ -21,6 +21,7 @@ from diffusers_fa3.attention import default_attention
 from diffusers_fa3.layers import FA3AttnProcessor, Frame, LayerRecord, begin, record_of
 from diffusers_fa3.masks import Axes2D, as_4d, is_in_factors
 from diffusers_fa3.tools.check.budget import measure
+from diffusers_fa3.tools.check.exact import AttentionCall
 from diffusers_fa3.tools.check.parity import Call, Raised
 
 
@@ -71,60 +72,27 @@ class ObservedFrame(Frame):
         self.observer = observer
 
     def try_kernel(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        *,
-        scale: float | None,
-        causal: bool,
-        axes_2d: Axes2D,
-        told: bool,
-        parallel_config: Any = None,
-        reason: str = "",
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **told: Any
     ) -> Tensor | None:
         """The default's output of a call that a kernel serves, too; None for any other call."""
-        record, served = self.record, self.record.calls.copy()
+        served = self.record.calls.copy()
         try:
-            ours = super().try_kernel(
-                q,
-                k,
-                v,
-                mask,
-                scale=scale,
-                causal=causal,
-                axes_2d=axes_2d,
-                told=told,
-                parallel_config=parallel_config,
-                reason=reason,
-            )
+            ours = super().try_kernel(q, k, v, mask, **told)
         except Exception as error:  # a kernel may raise any; the check tells
-            words = f"raised {type(error).__name__}: {error}"
-            self.observer.note(record, words)
+            self.observer.note(self.record, f"raised {type(error).__name__}: {error}")
             return None
-        if ours is None:
-            return None
-        return self.compare(q, k, v, laid_out(mask, q, k, axes_2d), scale, causal, ours, served)
+        return None if ours is None else self.compare(call_of(q, k, v, mask, told), ours, served)
 
     def compare(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        causal: bool,
-        ours: Tensor,
-        served: Counter[tuple[str, str]],
+        self, call: AttentionCall, ours: Tensor, served: Counter[tuple[str, str]]
     ) -> Tensor:
         """Compare a kernel's output with the default's, which is returned.
 
-        `served` is what kernels had served in this layer before; `mask` is from `laid_out`.
+        `served` is what kernels had served in this layer before.
         """
-        record = self.record
+        record, q, mask = self.record, call.q, call.mask
         ((kernel, route),) = (record.calls - served).keys()
-        default = default_attention(q, k, v, mask, scale, causal)
+        default = default_attention(*call)
         self.observer.add(
             Call(
                 record.name,
@@ -133,13 +101,21 @@ class ObservedFrame(Frame):
                 route,
                 str(q.dtype).removeprefix("torch."),
                 tuple(q.shape),
-                k.shape[1],
+                call.k.shape[1],
                 "" if mask is None else f"{mask.dtype} {tuple(mask.shape)}".removeprefix("torch."),
-                measure(q, k, v, mask, scale, causal, default, ours),
+                measure(call, default, ours),
                 self.observer.rank,
             )
         )
         return default
+
+
+def call_of(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, told: dict[str, Any]
+) -> AttentionCall:
+    """What a frame is asked to compute, with a mask that is laid out."""
+    mask = laid_out(mask, q, k, told["axes_2d"])
+    return AttentionCall(q, k, v, mask, told["scale"], told["causal"])
 
 
 def laid_out(mask: Tensor | None, q: Tensor, k: Tensor, axes_2d: Axes2D) -> Tensor | None:

@@ -19,8 +19,9 @@ from diffusers_fa3.attention import default_attention
 from diffusers_fa3.layers import LayerRecord
 from diffusers_fa3.masks import Axes2D, is_in_factors
 from diffusers_fa3.parallel import Split
+from diffusers_fa3.tools.check.exact import AttentionCall
 from diffusers_fa3.tools.check.gather import of_all_ranks
-from diffusers_fa3.tools.check.observed import ObservedFrame, Observer, laid_out
+from diffusers_fa3.tools.check.observed import ObservedFrame, Observer, call_of, laid_out
 
 
 @dataclass
@@ -61,27 +62,16 @@ class RankFrame(ObservedFrame):
     """The mask of all keys that the package put together for it."""
 
     def try_kernel(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        *,
-        scale: float | None,
-        causal: bool,
-        axes_2d: Axes2D,
-        **told: Any,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **told: Any
     ) -> Tensor | None:
         """As of `ObservedFrame`; but what is no error of a kernel ends the check, on all ranks."""
         self.over_ranks, served = False, self.record.calls.copy()
-        out = super(ObservedFrame, self).try_kernel(
-            q, k, v, mask, scale=scale, causal=causal, axes_2d=axes_2d, **told
-        )
+        out = super(ObservedFrame, self).try_kernel(q, k, v, mask, **told)
         while self.errors:
             self.observer.note(self.record, f"raised {self.errors.pop(0)}")
         if out is None or self.over_ranks:
             return out
-        return self.compare(q, k, v, laid_out(mask, q, k, axes_2d), scale, causal, out, served)
+        return self.compare(call_of(q, k, v, mask, told), out, served)
 
     def _try_split(
         self,
@@ -105,7 +95,7 @@ class RankFrame(ObservedFrame):
         seen = self._mask_of_all(parts, q.device)
         if self.record.calls == served:  # PyTorch's attention served, on the whole tensors
             return default_attention(q, keys, values, seen, scale, False)
-        return self.compare(q, keys, values, seen, scale, False, ours, served)
+        return self.compare(AttentionCall(q, keys, values, seen, scale), ours, served)
 
     def _find_whole(self, mask: Tensor, call: object, make: Callable[[], Tensor]) -> Tensor:
         self.whole = super()._find_whole(mask, call, make)
