@@ -27,7 +27,7 @@ from diffusers_fa3.kernels import (
     rivals,
     select,
 )
-from diffusers_fa3.masks import Axes2D, FindPlan, Opaque, PackingPlan, Plan, as_4d
+from diffusers_fa3.masks import Opaque, PackingPlan, Plan, as_4d
 
 FASTEST, DEFAULT = "fastest", "default"
 """What a user asks for; and PyTorch's attention, among the names of kernels."""
@@ -58,14 +58,10 @@ def attend_fastest(
     v: Tensor,
     mask: Tensor | PackingPlan | None,
     *,
-    scale: float | None,
-    causal: bool,
-    axes_2d: Axes2D = "bk",
-    pack_queries: bool = False,
-    find_plan: FindPlan | None = None,
-    return_lse: bool = False,
     kernel: KernelChoice = FASTEST,
-    **given: Any,
+    out: Tensor | None = None,
+    out_is_ours: bool = False,
+    **call: Any,
 ) -> Served | Declined:
     """`attend` by the fastest; arguments are those of `attend`, and `kernel` is "fastest".
 
@@ -73,29 +69,22 @@ def attend_fastest(
     is timed in graphs, in transforms, and where gradients are needed: what is known serves there,
     or else what "auto" takes.
     """
-    options: dict[str, Any] = {
-        "scale": scale,
-        "causal": causal,
-        "axes_2d": axes_2d,
-        "pack_queries": pack_queries,
-        "find_plan": find_plan,
-        "return_lse": return_lse,
-    }
+    into: dict[str, Any] = {"out": out, "out_is_ours": out_is_ours}
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return attend(q, k, v, mask, kernel=kernel, **options, **given)
-    seen = _sizes(q, k, v, causal, return_lse) if mask is None else None
+        return attend(q, k, v, mask, kernel=kernel, **into, **call)
+    seen = _sizes(q, k, v, call) if mask is None else None
     choice = None if seen is None else races.known(seen)
     if choice is None:
-        choice = _choose(q, k, v, mask, options)
+        choice = _choose(q, k, v, mask, call)
         if choice is None:
-            return attend(q, k, v, mask, kernel="auto", **options, **given)
+            return attend(q, k, v, mask, kernel="auto", **into, **call)
         if seen is not None:
             races.remember(seen, choice)
     if choice.name == DEFAULT:
         return Declined(str(_CHOSEN), _CHOSEN, choice.lead)
-    answer = attend(q, k, v, mask, kernel=choice.name, **options, **given)
+    answer = attend(q, k, v, mask, kernel=choice.name, **into, **call)
     if isinstance(answer, Declined):  # it cannot do what "auto"'s can, such as gradients
-        return attend(q, k, v, mask, kernel="auto", **options, **given)
+        return attend(q, k, v, mask, kernel="auto", **into, **call)
     return answer._replace(lead=choice.lead)
 
 
@@ -103,14 +92,12 @@ _CHOSEN = InputError("the default is the fastest in calls of this kind")
 """Never raised."""
 
 
-def _sizes(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool
-) -> tuple[object, ...] | None:
+def _sizes(q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> tuple[object, ...] | None:
     """What tells the kind of a call without a mask, at once; None where it takes more."""
     if torch._C._is_any_autocast_enabled() or in_functional():
         return None
     tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-    return (*tensors, causal, return_lse)
+    return (*tensors, call["causal"], call.get("return_lse"))
 
 
 def _choose(
@@ -118,10 +105,11 @@ def _choose(
     k: Tensor,
     v: Tensor,
     mask: Tensor | PackingPlan | None,
-    options: dict[str, Any],
+    call: dict[str, Any],
 ) -> Choice | None:
     """Who serves: by what is known, or by a race; None where "auto" decides."""
-    scale, causal, return_lse = (options[name] for name in ("scale", "causal", "return_lse"))
+    causal, return_lse = call["causal"], call.get("return_lse", False)
+    axes_2d = call.get("axes_2d", "bk")
     q, k, v = under_autocast(q, k, v)
     sizes = check_inputs(q, k, v, mask, causal)
     request = Request(q.dtype, q.shape[-1], v.shape[-1], varlen=mask is not None, lse=return_lse)
@@ -131,7 +119,7 @@ def _choose(
     has_default = not (return_lse or isinstance(mask, PackingPlan))
     kind = _kind(request, q, k, causal, has_default)
     if mask is not None:
-        planned = _kind_of_masked(kind, mask, sizes, options)
+        planned = _kind_of_masked(kind, mask, sizes, call)
         if planned is None:
             return None
         kind = planned
@@ -141,12 +129,11 @@ def _choose(
 
     def serves(name: str) -> bool:
         if name == DEFAULT:
-            laid_out = (
-                None if mask is None else as_4d(cast(Tensor, mask), sizes, options["axes_2d"])
-            )
-            default_attention(q, k, v, laid_out, scale, causal)
+            plain = cast(Tensor | None, mask)
+            plain = None if plain is None else as_4d(plain, sizes, axes_2d)
+            default_attention(q, k, v, plain, call["scale"], causal)
             return True
-        return isinstance(attend(q, k, v, mask, kernel=name, **options), Served)
+        return isinstance(attend(q, k, v, mask, kernel=name, **call), Served)
 
     names = (*names, DEFAULT) if has_default else names
     return races.decide(kind, {name: partial(serves, name) for name in names}, q.device)
@@ -162,7 +149,7 @@ def _kind_of_masked(
     kind: Kind,
     mask: Tensor | PackingPlan,
     sizes: tuple[int, int, int, int],
-    options: dict[str, Any],
+    call: dict[str, Any],
 ) -> Kind | None:
     """What the plan adds, by which "auto" takes the call; None where it does not take it."""
     plan: Plan
@@ -170,10 +157,14 @@ def _kind_of_masked(
         plan = mask
     else:
         chosen = select(kind.request, read_machine(kind.device))
-        axes_2d, pack_queries, find_plan = (
-            options[name] for name in ("axes_2d", "pack_queries", "find_plan")
+        plan = plan_of(
+            mask,
+            sizes,
+            call.get("axes_2d", "bk"),
+            chosen.seqused_k,
+            call.get("pack_queries", False),
+            call.get("find_plan"),
         )
-        plan = plan_of(mask, sizes, axes_2d, chosen.seqused_k, pack_queries, find_plan)
     if isinstance(plan, Opaque):
         return None
     batch, _, q_len, k_len = sizes

@@ -83,7 +83,7 @@ def _forks() -> Any:
 
 
 def _env() -> dict[str, str]:
-    return {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def end_all(session: int) -> None:

@@ -38,7 +38,7 @@ from diffusers_fa3 import (
     flash_attn_with_kvcache,
     plan_packing,
 )
-from diffusers_fa3.interface import _cache_entry
+from diffusers_fa3.interface_kvcache import _cache_entry
 from diffusers_fa3.kernels.installed import kernel_named
 from diffusers_fa3.kernels.providers import PROVIDERS, flash_attn_4
 from diffusers_fa3.options import Options

@@ -18,6 +18,7 @@ import torch
 from diffusers_fa3.errors import FallbackWarning
 
 ROUNDS = 15
+"""Calls of each rival that are timed."""
 KEPT = 1024
 """The most kinds that are remembered; the oldest are forgotten."""
 
@@ -49,14 +50,16 @@ class Races:
     def decide(self, kind: Hashable, rivals: Rivals, device: torch.device) -> Choice | None:
         """The choice for calls of a kind, by the clock; None if no rival can serve."""
         with self._one_at_a_time:  # two that are timed at once would slow each other
-            if kind not in self._choices:
-                times = race(rivals, device)
-                if not times:
-                    return None
-                best, *others = sorted(times, key=times.__getitem__)
-                lead = times[others[0]] / times[best] if others else 1.0
-                self.remember(kind, Choice(best, lead))
-            return self._choices[kind]
+            known = self.known(kind)
+            if known is not None:
+                return known
+            times = race(rivals, device)
+            if not times:
+                return None
+            best, *others = sorted(times, key=times.__getitem__)
+            choice = Choice(best, times[others[0]] / times[best] if others else 1.0)
+            self.remember(kind, choice)
+            return choice
 
     def remember(self, kind: Hashable, choice: Choice) -> None:
         """Keep a choice."""
