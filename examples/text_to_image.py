@@ -58,9 +58,10 @@ def draw(pipe: DiffusionPipeline, args: argparse.Namespace) -> np.ndarray:
         if re.search("size|height|width", str(error)):
             raise ValueError(f"{error}; give another height and width with --size") from error
         raise
-    if "images" not in drawn:
-        raise ValueError(no_pictures(pipe, ", ".join(drawn)))
-    return drawn.images
+    for name in ("images", "image"):  # Kandinsky 5 has the singular
+        if name in drawn:
+            return drawn[name]
+    raise ValueError(no_pictures(pipe, ", ".join(drawn)))
 
 
 def no_pictures(pipe: DiffusionPipeline, given: str) -> str:

@@ -276,6 +276,10 @@ def test_options_change_a_call_or_make_one() -> None:
         (["--dtype", "int8"], "one of fp32"),
         (["--model", "NoSuchModel"], "got NoSuchModel"),
         (["--model", "flux", "--plot", "x.png"], "give three or more --valid"),
+        (
+            ["--valid", "0.1,0.2,0.3", "--plot", "x.docx"],
+            "format from the file's suffix; got x.docx",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_words(
@@ -294,6 +298,14 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
         said = capsys.readouterr()
         assert f"write into a folder that exists; got {option} {file}" in said.err
         assert said.out == ""
+
+
+def test_without_a_gpu_cuda_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert exit_status("bench", "--small", "--device", "cuda") == 2
+    assert "cuda needs a CUDA device, and torch sees none" in capsys.readouterr().err
 
 
 def test_a_time_within_the_noise_is_told_as_such() -> None:

@@ -725,7 +725,7 @@ def test_without_a_gpu_cuda_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert exit_status("check", "no/such/folder", "--device", "cuda") == 2
-    assert "--device cuda needs a CUDA device, and torch sees none; give" in capsys.readouterr().err
+    assert "cuda needs a CUDA device, and torch sees none; give" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_loaded(

@@ -16,7 +16,7 @@ PACKAGE = Path(diffusers_fa3.__file__).parent
 TOP, BOTTOM = "front doors", "what all know"
 
 ROOMS = {
-    "tools": ("cli", "bench", "card", "check", "info"),
+    "tools": ("cli", "bench", "card", "check", "info", "shared_arguments"),
     "layers": (
         "dispatcher",
         "enable",

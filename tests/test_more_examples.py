@@ -209,6 +209,18 @@ class Singer:
         return {"audios": prompt}
 
 
+class Painter:
+    """A pipeline of Kandinsky 5's kind."""
+
+    def __call__(self, prompt: list[str], **_: object) -> dict[str, object]:
+        return {"image": prompt}
+
+
+def test_pictures_may_have_the_singular_for_a_name() -> None:
+    args = argparse.Namespace(prompt=["a cat"], seed=0, steps=1, size=None)
+    assert text_to_image.draw(Painter(), args) == ["a cat"]
+
+
 def test_a_pipeline_that_gave_no_pictures_is_refused() -> None:
     args = argparse.Namespace(prompt=["la"], seed=0, steps=1, size=None)
     with pytest.raises(ValueError, match="draws pictures; got a Singer, which gives audios; "):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from diffusers_fa3.errors import InputError
-from diffusers_fa3.kernels import PROVIDERS, check_choice
+from diffusers_fa3.kernels import check_choice
+from diffusers_fa3.tools.shared_arguments import KERNELS, add_device, positive
 
 if TYPE_CHECKING:
     from diffusers_fa3.tools.bench.cases import Case
@@ -76,7 +77,7 @@ def add_command(commands: Any) -> None:
         "kv-heads": "heads of k and v, before they are repeated for every head of q",
         "head-dim": "head size",
     }.items():
-        calls.add_argument(f"--{option}", type=_positive, metavar="N", help=what)
+        calls.add_argument(f"--{option}", type=positive, metavar="N", help=what)
     calls.add_argument(
         "--padding",
         choices=("gap", "end", "outer"),
@@ -91,18 +92,16 @@ def add_command(commands: Any) -> None:
     )
     calls.add_argument(
         "--lengths",
-        type=_list_of(_positive),
+        type=_list_of(positive),
         metavar="TOKENS",
         help="of text and image together, in the proportion of the call: e.g. 256,1024,4096",
     )
     calls.add_argument("--small", action="store_true", help="tiny sizes, to try the program")
     how = bench.add_argument_group("how")
     how.add_argument("--dtype", type=_list_of(_dtype), help="bf16, fp16, fp32; on a CPU fp32,bf16")
-    devices = ("cpu", "cuda")
-    how.add_argument("--device", default=devices[torch.cuda.is_available()], choices=devices)
-    kernels = ["auto", *(provider.name for provider in PROVIDERS)]
-    how.add_argument("--kernel", default="auto", choices=kernels)
-    how.add_argument("--rounds", type=_positive, default=15, metavar="N")
+    add_device(how)
+    how.add_argument("--kernel", default="auto", choices=KERNELS)
+    how.add_argument("--rounds", type=positive, default=15, metavar="N")
     output = bench.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     output.add_argument("--plot", metavar="FILE", help="also draw time along what is swept")
@@ -121,6 +120,10 @@ def _bench(args: argparse.Namespace) -> None:
     for option, file in {"--json": args.json, "--plot": args.plot}.items():
         if file:
             _refuse_unwritable(option, Path(file))
+    if args.plot:
+        from diffusers_fa3.tools.bench.plot import check_format, plot
+
+        check_format(Path(args.plot))
     usual = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
     dtypes = args.dtype or usual[args.device]
     results = run(cases, dtypes, args.device, args.kernel, args.rounds)
@@ -135,8 +138,6 @@ def _bench(args: argparse.Namespace) -> None:
         with open(args.json, "w") as file:
             json.dump(_as_json(results, cases), file, indent=1)
     if args.plot:
-        from diffusers_fa3.tools.bench.plot import plot
-
         plot(results.rows, args.plot)
 
 
@@ -205,12 +206,6 @@ def _list_of(read: Callable[[str], T]) -> Callable[[str], list[T]]:
         return [read(part) for part in text.split(",")]
 
     return read_all
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a number above 0; got {text}")
-    return int(text)
 
 
 def _share(text: str) -> float | None:

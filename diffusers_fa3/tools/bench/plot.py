@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -64,6 +65,16 @@ def _panels_of(case: str, rows: list[Row]) -> Iterator[Panel]:
             if len(along) >= FEWEST:
                 title = f"{case}, {100 * (share or 0):.3g}% valid text, {dtype}"
                 yield Panel(title, along, unmasked, by_length=True)
+
+
+def check_format(file: Path) -> None:
+    """Refuse a file whose suffix names no format of pictures, before anything is measured."""
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix[1:].lower() not in formats:
+        raise InputError(
+            f"--plot takes its format from the file's suffix; got {file}. Give one of "
+            f"{', '.join(formats)}"
+        )
 
 
 def plot(rows: Sequence[Row], path: str) -> None:

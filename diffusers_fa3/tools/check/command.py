@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_fa3.errors import InputError
-from diffusers_fa3.kernels import PROVIDERS, check_choice
+from diffusers_fa3.kernels import check_choice
+from diffusers_fa3.tools.shared_arguments import KERNELS, add_device, positive
 
 if TYPE_CHECKING:
     from diffusers_fa3.tools.check.parity import Parity
@@ -58,7 +59,7 @@ def add_command(commands: Any) -> None:
     )
     check.add_argument(
         "--steps",
-        type=_positive,
+        type=positive,
         default=4,
         metavar="N",
         help="denoising steps; by default, %(default)s",
@@ -75,16 +76,14 @@ def add_command(commands: Any) -> None:
         help="another argument of the pipeline, e.g. height=512; VALUE is JSON, or True, "
         "False or None, or else a text",
     )
-    kernels = ["auto", *(provider.name for provider in PROVIDERS)]
     check.add_argument(
-        "--kernel", default="auto", choices=kernels, help="with a name, no other may serve"
+        "--kernel", default="auto", choices=KERNELS, help="with a name, no other may serve"
     )
     check.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, fp32 on a CPU")
-    devices = ("cpu", "cuda")
-    check.add_argument("--device", default=devices[torch.cuda.is_available()], choices=devices)
+    add_device(check)
     check.add_argument(
         "--ranks",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="split the models over so many processes, on a GPU each; by default, they are not",
@@ -99,10 +98,6 @@ def _check(args: argparse.Namespace) -> int:
     from diffusers_fa3.tools.check.report import as_json, make_folder, write_report
 
     check_choice(args.kernel)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "--device cuda needs a CUDA device, and torch sees none; give --device cpu"
-        )
     if args.out is not None:
         make_folder(args.out)
     command = sys.argv[1:]
@@ -158,12 +153,6 @@ def _loaded_and_checked(
             seed=args.seed,
             on_progress=on_progress,
         )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a number above 0; got {text}")
-    return int(text)
 
 
 def _assignment(text: str) -> tuple[str, Any]:
