@@ -38,11 +38,11 @@ ROOMS = {
         "decide",
         "whole_mask",
         "exchange",
+        "home",
         "plans",
         "plans_image",
         "plans_video",
         "model_plan",
-        "home",
     ),
     TOP: (
         "interface_kvcache",

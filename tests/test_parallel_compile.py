@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from published_models import MODELS, build, forward_of, made_small, make_inputs
 from ranks import degrees, known, results, split
 from test_parallel_models import OWN, output, own_part
+from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
 from zoo import Case, Layout
 
-from diffusers_fa3 import FallbackWarning, coverage, enable_fa3
+from diffusers_fa3 import FallbackWarning, coverage, cp_plan, enable_fa3
 
 FLUX: Case = next(case for case in OWN if case.name == "flux")
 LAYOUTS: tuple[Layout, ...] = ("none", "ragged")
@@ -88,6 +91,34 @@ def test_lengths_that_ranks_tell_each_other_are_refused_in_a_graph() -> None:
     for said in results("test_parallel_compile:uneven", 2):
         for words in said:
             assert "ulysses_anything and ring_anything under torch.compile" in words, words
+
+
+def graphs(rank: int, names: tuple[str, ...]) -> dict[str, list[int]]:
+    """How many graphs it takes to compile the blocks of models of 3 and of 5 layers."""
+    found: dict[str, list[int]] = {}
+    for name in names:
+        for layers in (3, 5):
+            torch._dynamo.reset()
+            counters.clear()
+            small = made_small(next(model for model in MODELS if model.name == name))
+            depths = dict.fromkeys(small.depths, layers)
+            size = replace(small.size, text=40)
+            small = replace(small, config=small.config | depths, size=size)
+            model: Any = build(small, "cpu")
+            model._repeated_blocks = model._repeated_blocks or ["JointTransformerBlock"]
+            enable_fa3(model, kernel="reference", fallback="error")
+            split(model, cp_plan(model), ring_degree=2)
+            model.compile_repeated_blocks(fullgraph=True, backend="eager")
+            with torch.no_grad():
+                forward_of(model)(make_inputs(small, None, "cpu"))
+            found.setdefault(name, []).append(counters["stats"]["unique_graphs"])
+    return found
+
+
+def test_layers_share_their_graphs() -> None:
+    names = ("flux", "sd3")  # the processors of SD3 call PyTorch's attention
+    for found in results("test_parallel_compile:graphs", 2, names):
+        assert all(of_3 == of_5 > 0 for of_3, of_5 in found.values()), found
 
 
 def trained(rank: int) -> list[float]:

@@ -12,9 +12,9 @@ import torch
 from diffusers_fa3.errors import ParallelError, UnsupportedModelError
 from diffusers_fa3.kernels import while_tracing
 from diffusers_fa3.parallel.exchange import Axes, Group
-from diffusers_fa3.parallel.home import Home, home_of, home_on_the_stack
+from diffusers_fa3.parallel.home import Home, home_on_the_stack, of_number
 from diffusers_fa3.parallel.model_plan import ModelPlan
-from diffusers_fa3.parallel.plans import applied, matches
+from diffusers_fa3.parallel.plans import UNNAMED, Named, applied
 
 
 class Split(NamedTuple):
@@ -52,8 +52,8 @@ def split_of(
     name = type(processor).__name__
     if not torch.compiler.is_compiling():
         home = home_on_the_stack(layer) if home is None else home
-        model, place = (None, "") if home is None else (home.model, home.name)
-        return _decide(model, place, name, own, parallel_config, told, forward)
+        model, named = (None, UNNAMED) if home is None else (home.model, home.named)
+        return _decide(model, named, name, own, parallel_config, told, forward)
     if home is None and parallel_config is not None:
         config = _of_context(parallel_config)
         return None if config is None else Split(axes_of(config))
@@ -68,7 +68,7 @@ def split_of(
 
 def _decide(
     model: Any,
-    name: str,
+    named: Named,
     processor: str,
     own: bool,
     parallel_config: Any,
@@ -79,9 +79,9 @@ def _decide(
     of_model = _of_context(getattr(model, "_parallel_config", None))
     plan = None if of_model is None else _plan_of(model, forward)
     if plan is not None:
-        if matches(plan.local, name):
+        if named.local:
             return None
-        if matches(plan.split, name):
+        if named.split:
             return Split(axes_of(of_model), plan.order, plan.whole_first, plan.trains)
     if config is not None:
         return Split(axes_of(config))
@@ -99,11 +99,12 @@ def _decide_in_graph(
     number: int, processor: str, own: bool, passed: bool, told: bool
 ) -> tuple[Any, ...] | None:
     """`_decide`, of constants and to constants: the fields of `Axes`, and the rest of a `Split`."""
-    home = home_of(number) if number else home_on_the_stack(None)
-    model = None if home is None else home.model
+    model, named = of_number(number)
+    if not number:
+        home = home_on_the_stack(None)
+        model = None if home is None else home.model
     config = getattr(model, "_parallel_config", None)
-    name = "" if home is None else home.name
-    split = _decide(model, name, processor, own, config if passed else None, told, object())
+    split = _decide(model, named, processor, own, config if passed else None, told, object())
     if split is None:
         return None
     *groups, uneven = split.axes

@@ -11,20 +11,27 @@ from typing import Any
 from diffusers import ModelMixin
 from torch import nn
 
+from diffusers_fa3.parallel.plans import UNNAMED, Named, named_by_ours
+
 
 class Home:
-    """The diffusers model that a layer is in, held weakly, and the layer's name in it.
+    """The diffusers model that a layer is in, held weakly, and what our plan says of the layer.
 
     A deep copy of the model takes its homes along; a layer that is copied alone has none.
     """
 
-    __slots__ = ("__weakref__", "_model", "name", "number")
+    __slots__ = ("_model", "name", "named", "number")
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self._model = weakref.ref(model)
         self.name = name
-        self.number = next(_numbers)
-        _homes[self.number] = self
+        self.named = named_by_ours(model, name)
+        numbers = _numbers.setdefault(model, {})
+        if self.named not in numbers:
+            numbers[self.named] = next(_unused)
+        self.number = numbers[self.named]
+        """One for all layers of a model of which a plan says the same: to torch.compile it is a
+        constant, which one object for each layer could not be without a graph for each."""
 
     @property
     def model(self) -> Any:
@@ -64,10 +71,14 @@ def home_on_the_stack(layer: Any) -> Home | None:
     return None
 
 
-def home_of(number: int) -> Home | None:
-    """The home of that number; numbers are constants to torch.compile, objects are not."""
-    return _homes.get(number)
+def of_number(number: int) -> tuple[Any, Named]:
+    """The model and what our plan says of its layers of that number; None if the model is gone."""
+    for model, numbers in _numbers.items():
+        for named, each in numbers.items():
+            if each == number:
+                return model, named
+    return None, UNNAMED
 
 
-_numbers = count(1)
-_homes: weakref.WeakValueDictionary[int, Home] = weakref.WeakValueDictionary()
+_unused = count(1)
+_numbers: weakref.WeakKeyDictionary[nn.Module, dict[Named, int]] = weakref.WeakKeyDictionary()

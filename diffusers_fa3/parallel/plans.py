@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from diffusers.hooks.context_parallel import (
     _CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE,
@@ -68,9 +68,22 @@ def applied(model: nn.Module) -> ModelPlan | None:
     return ours if all(_is_applied(model, *entry) for entry in plan.items()) else None
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a layer's name is one of those that a plan names."""
-    return bool(pattern) and re.fullmatch(pattern, name) is not None
+class Named(NamedTuple):
+    """Whether our plan for a model's class names a layer as local, and as split."""
+
+    local: bool
+    split: bool
+
+
+UNNAMED = Named(local=False, split=False)
+
+
+def named_by_ours(model: nn.Module, name: str) -> Named:
+    """What our plan for this model's class says of the layer of that name."""
+    ours = _of_class(PLANS, model)
+    if ours is None:
+        return UNNAMED
+    return Named(*(bool(p and re.fullmatch(p, name)) for p in (ours.local, ours.split)))
 
 
 def _of_class(table: dict[str, Entry], model: nn.Module) -> Entry | None:
