@@ -63,6 +63,8 @@ class Model:
     """Shares of valid text; None: no mask."""
     mask_name: str = ""
     """Argument that takes the mask of the text."""
+    joint: bool = True
+    """Text and image attend together; else the image attends to the text in layers of its own."""
     joint_mask: bool = False
     """That mask is of [text, image]."""
     depths: tuple[str, ...] = ("num_layers",)
@@ -270,6 +272,7 @@ MODELS = (
         Size(1, 21, 30, 52, text=512),
         video,
         text_width="text_dim",
+        joint=False,
         small={"num_attention_heads": 2, "text_dim": 32, "ffn_dim": 64},
     ),
     Model(
@@ -320,6 +323,7 @@ MODELS = (
         Size(2, 1, 64, 64, text=77),
         latents_with_sizes,
         text_width="cross_attention_dim",
+        joint=False,
         small={
             "block_out_channels": (32, 64, 64),
             "transformer_layers_per_block": 1,
@@ -348,6 +352,7 @@ MODELS = (
         Size(2, 1, 64, 64, text=300),
         conditioned_image,
         text_width="caption_channels",
+        joint=False,
         small={"num_attention_heads": 2, "cross_attention_dim": 144, "caption_channels": 32},
         shares=(None, 20 / 300),
         mask_name="encoder_attention_mask",

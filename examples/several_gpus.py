@@ -18,10 +18,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import text_to_image
@@ -29,11 +28,12 @@ import torch
 import torch.distributed as dist
 from arguments import make_parser, parse
 from comparison import largest, stop, write_grid
-from diffusers import ContextParallelConfig, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from digits_task import MODEL_DIR, draw
 from loading import load_pipeline
 from rich.console import Console
+from splitting import split_tokens
 from torch import nn
 
 from diffusers_fa3 import FA3Error, coverage, cp_plan, enable_fa3
@@ -73,12 +73,8 @@ def split(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
     if args.anything and min(chosen.values()) > 1:
         raise CannotStart("--anything goes with one of --ulysses and --ring, not with both")
     anything = "ulysses_anything" if chosen["ring_degree"] == 1 else "ring_anything"
-    config = ContextParallelConfig(**chosen, **({anything: True} if args.anything else {}))
-    # To name a rank's device, diffusers divides by the number of accelerators, which is 0 without a
-    # GPU. There, and for this call alone, there is one for each rank.
-    one_for_each = mock.patch("torch.accelerator.device_count", dist.get_world_size)
-    with nullcontext() if torch.accelerator.device_count() else one_for_each:
-        model.enable_parallelism(config=config, cp_plan=cp_plan(model))
+    uneven = {anything: True} if args.anything else {}
+    split_tokens(model, cp_plan(model), **chosen, **uneven)
     return chosen
 
 
