@@ -231,32 +231,32 @@ def _plan_leading(
 
 
 def _plan_static(keys: Tensor, batch: int, q_len: int, k_len: int) -> PackingPlan:
-    keys = keys.expand(batch, -1)
-    lens = keys.sum(-1)
-    return PackingPlan(
-        "static",
-        batch,
-        q_len,
-        k_len,
-        Lengths(seqused_k=lens.int()),
-        indices_k=_valid_first(keys, lens).flatten(),
-    )
+    lens, indices_k = _valid_first(keys.expand(batch, -1))
+    lengths = Lengths(seqused_k=lens.int())
+    return PackingPlan("static", batch, q_len, k_len, lengths, indices_k=indices_k.flatten())
 
 
-def _valid_first(keys: Tensor, lens: Tensor) -> Tensor:
-    """Positions in B * Sk, (B, Sk): each sample's valid keys, then its first valid key repeated.
+def _valid_first(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """How many keys of each sample are valid; and positions in B * Sk, (B, Sk), those in front.
 
-    A sample without valid keys repeats the first valid key of the sample with the most.
+    After a sample's valid keys comes its first one again and again. A sample without valid keys
+    repeats the first valid key of the sample with the most.
     """
     batch, k_len = keys.shape
     every = torch.arange(batch * k_len, device=keys.device).view(batch, k_len)
     if not every.numel():
-        return every
-    first = every[:, 0] + keys.int().argmax(-1)
+        return keys.sum(-1), every
+    # Counts along keys tell all. inductor cannot have a sum or argmax over keys beside them: it
+    # fuses these into the kernel that counts, and then has no code for them.
+    counts = keys.cumsum(-1)
+    lens = counts[:, -1]
+    # Valid keys go to the front, in order; padding to column k_len, which is cut off.
+    place = torch.where(keys, counts - 1, k_len)
+    front = every.new_zeros(batch, k_len + 1).scatter_(-1, place, every)[:, :k_len]
+    first = front[:, 0]
     rest = torch.where(lens > 0, first, first.index_select(0, lens.argmax(0, keepdim=True)))
-    # Each key's column: valid keys go to the front, in order; padding to column k_len, cut off.
-    place = torch.where(keys, keys.cumsum(-1) - 1, k_len)
-    return rest[:, None].repeat(1, k_len + 1).scatter_(-1, place, every)[:, :k_len]
+    behind = torch.arange(k_len, device=keys.device) >= lens[:, None]
+    return lens, torch.where(behind, rest[:, None], front)
 
 
 def _each(lens: tuple[int, ...], batch: int) -> tuple[int, ...]:
