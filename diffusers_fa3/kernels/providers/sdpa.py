@@ -24,7 +24,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: bool = F
         seen = _seen(q.shape[1], k.shape[1], options.causal, options.window, q.device)
     else:
         seen = None
-    if options.softcap or return_lse:
+    # What PyTorch's attention gives for a query that sees no key depends on its backend.
+    last = 0 if options.causal else options.window[1]
+    some_see_none = last >= 0 and k.shape[1] - q.shape[1] + last < 0
+    if options.softcap or return_lse or some_see_none:
         return _by_logits(q, k, v, options, seen, return_lse)
     result = F.scaled_dot_product_attention(
         q.transpose(1, 2),
