@@ -72,6 +72,7 @@ def flash_attn_with_kvcache(
         k_cache: (B or more, Sk, Hk, D), or (pages, page size, Hk, D) with page_table.
         v_cache: likewise, with Dv.
         k: (B, Sn, Hk, D), new keys: written behind each sample's valid ones, then attended too.
+            FlashAttention-3 does not write those of a sample without queries.
         v: (B, Sn, Hk, Dv), likewise.
         qv: (B, Sq, H, Dv), where the kernel has it.
         rotary_cos: (length, D // 2), where the kernel has it, and rotary_sin.
@@ -92,7 +93,8 @@ def flash_attn_with_kvcache(
         window_size: keys seen to the left and right of a query's own, -1 for all.
         attention_chunk: where the kernel has it.
         softcap: bound of the logits by tanh, 0 for none.
-        rotary_interleaved: with rotary_cos.
+        rotary_interleaved: with rotary_cos: pairs are (0, 1), (2, 3), ...; False: the first half
+            goes with the second one, for head sizes that are multiples of 64.
         scheduler_metadata: where the kernel has it.
         num_splits: into how many parts a sample's keys are split; 0 lets the kernel choose.
         pack_gqa: None lets the kernel choose.
@@ -106,7 +108,8 @@ def flash_attn_with_kvcache(
         The output, or that and the log-sum-exp. (FlashAttention adds its scratch to these.)
 
     Raises:
-        InputError: arguments that do not belong together; autograd, which no cache kernel records.
+        InputError: arguments that do not belong together; autograd, which no cache kernel records;
+            rotary halves of another head size than a multiple of 64.
         KernelUnavailableError: no kernel can serve, or not the one asked for.
 
     Example:
@@ -126,6 +129,12 @@ def flash_attn_with_kvcache(
         raise InputError("attention over a cache records no gradient; call under torch.no_grad()")
     if out is not None:
         check_out(out, q, v_cache, others=(k_cache, *written))
+    if rotary_cos is not None and not rotary_interleaved and q.shape[-1] % 64:
+        raise InputError(
+            "rotary_cos of halves needs a head size that is a multiple of 64, since a build of "
+            f"FlashAttention-3 gave wrong results at 72; got {q.shape[-1]}. Rotate q and k before "
+            "the call"
+        )
     samples = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     if cache_batch_idx is not None:
         check_lengths("cache_batch_idx", cache_batch_idx, q, samples)
@@ -153,7 +162,9 @@ def flash_attn_with_kvcache(
     window = read_window(window_size)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     request = request_of(q, v_cache, Options(scale, causal, window, softcap), return_lse)
-    request = request._replace(varlen=cu_seqlens_q is not None, kvcache=True)
+    request = request._replace(
+        varlen=cu_seqlens_q is not None, kvcache=True, page_table=page_table is not None
+    )
     chosen = select(request, read_machine(q.device), kernel)
     asked: dict[str, Any] = {
         "k": k,

@@ -352,6 +352,7 @@ def test_flags_take_away_what_was_left_out():
     fa3_fwd = LIMITS["fa3_fwd"]
     assert (fa3_fwd.archs, fa3_fwd.softcap, fa3_fwd.window) == (("sm80", "sm90a"), True, False)
     assert torch.float16 not in fa3_fwd.dtypes
+    assert (tokenspeed.page_table, fa3_fwd.page_table) == (True, False)
     assert limits_from(flags(["FP8"])).dtypes == HALF
     small = limits_from(flags(["HDIM256", "HDIM192", "VARLEN", "APPENDKV"]))
     assert (small.max_head_dim, small.varlen, small.seqused_k, small.kvcache) == (

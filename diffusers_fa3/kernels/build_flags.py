@@ -52,6 +52,7 @@ def limits_from(flags: Mapping[str, bool], full: Limits = FULL_BUILD) -> Limits:
         window=built("LOCAL"),
         softcap=built("SOFTCAP"),
         kvcache=built("APPENDKV"),
+        page_table=built("PAGEDKV"),
     )
 
 

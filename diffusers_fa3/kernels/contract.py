@@ -54,6 +54,7 @@ class Request(NamedTuple):
     lse: bool = False
     backward: bool = False
     kvcache: bool = False
+    page_table: bool = False
     functional: bool = False
     """q, k or v has a forward-mode derivative, or is in a transform of torch.func."""
 
@@ -77,6 +78,7 @@ class Limits:
     lse: bool = True
     backward: bool = False
     kvcache: bool = True
+    page_table: bool = True
     reads_padding: bool = True
     """Whether the kernel multiplies values beyond `seqused_k` by 0 instead of skipping them. If so,
     NaN and inf there would reach the output."""
@@ -121,6 +123,7 @@ def rejection_reasons(limits: Limits, machine: Machine, request: Request | None)
         "lse": (request.lse, limits.lse),
         "backward": (request.backward, limits.backward),
         "kvcache": (request.kvcache, limits.kvcache),
+        "page_table": (request.page_table, limits.page_table),
     }
     reasons += [
         f"built without {name}" for name, (asked, has) in wanted.items() if asked and not has

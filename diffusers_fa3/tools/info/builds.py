@@ -36,6 +36,7 @@ class Build:
     float8: bool
     backward: bool
     kvcache: bool
+    page_table: bool
     lse: bool
     out: str
     """ "native": the kernel writes into the caller's `out`; "copy": its result is copied."""
@@ -139,6 +140,7 @@ def build_of(kernel: Kernel) -> Build:
         float8=any(dtype.itemsize == 1 for dtype in limits.dtypes),
         backward=limits.backward,
         kvcache=limits.kvcache,
+        page_table=limits.page_table,
         lse=limits.lse,
         out=kernel.out,
     )
