@@ -6,6 +6,7 @@ tensors; the fastest serves that call and later ones of its kind.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -27,7 +28,7 @@ from diffusers_fa3.kernels import (
     rivals,
     select,
 )
-from diffusers_fa3.masks import Opaque, PackingPlan, Plan, as_4d
+from diffusers_fa3.masks import Opaque, PackingPlan, Plan, PlanCall, as_4d
 
 FASTEST, DEFAULT = "fastest", "default"
 """What a user asks for; and PyTorch's attention, among the names of kernels."""
@@ -72,13 +73,13 @@ def attend_fastest(
     into: dict[str, Any] = {"out": out, "out_is_ours": out_is_ours}
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return attend(q, k, v, mask, kernel=kernel, **into, **call)
-    seen = _sizes(q, k, v, call) if mask is None else None
+    seen = None if isinstance(mask, PackingPlan) else _sizes(q, k, v, mask, call)
     choice = None if seen is None else races.known(seen)
     if choice is None:
         choice = _choose(q, k, v, mask, call)
         if choice is None:
             return attend(q, k, v, mask, kernel="auto", **into, **call)
-        if seen is not None:
+        if seen is not None and (mask is None or _for_any_mask(q, k, v, seen, choice, call)):
             races.remember(seen, choice)
     if choice.name == DEFAULT:
         return Declined(str(_CHOSEN), _CHOSEN, choice.lead)
@@ -92,12 +93,44 @@ _CHOSEN = InputError("the default is the fastest in calls of this kind")
 """Never raised."""
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> tuple[object, ...] | None:
-    """What tells the kind of a call without a mask, at once; None where it takes more."""
+def _sizes(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: dict[str, Any]
+) -> tuple[object, ...] | None:
+    """What tells calls apart at once, without the content of a mask; None where it takes more."""
     if torch._C._is_any_autocast_enabled() or in_functional():
         return None
     tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-    return (*tensors, call["causal"], call.get("return_lse"))
+    sizes = (*tensors, call["causal"], call.get("return_lse"))
+    if mask is None:
+        return sizes
+    return (*sizes, mask.shape, mask.dtype, mask.device, call.get("axes_2d"))
+
+
+def _for_any_mask(
+    q: Tensor, k: Tensor, v: Tensor, seen: object, choice: Choice, call: dict[str, Any]
+) -> bool:
+    """Whether the default is the fastest whatever a mask holds, so that none need be read.
+
+    Its time is the same for all. A kernel has least to do where a mask leaves one key: the default
+    that beats it there beats it everywhere.
+    """
+    if choice.name != DEFAULT or not _may_time(q, k, v):
+        return False
+    lightest = races.known((seen, "one key"))
+    if lightest is None:
+        one_key = torch.zeros(len(q), k.shape[1], dtype=torch.bool, device=q.device)
+        one_key[:, 0] = True
+        plans: dict[PlanCall, Plan] = {}  # made once, as in a model
+
+        def find_plan(mask: Tensor, planned: PlanCall, make: Callable[[], Plan]) -> Plan:
+            return plans.get(planned) or plans.setdefault(planned, make())
+
+        told = {**call, "axes_2d": "bk", "pack_queries": False, "find_plan": find_plan}
+        lightest = _choose(q, k, v, one_key, told)
+        if lightest is None:
+            return False
+        races.remember((seen, "one key"), lightest)
+    return lightest.name == DEFAULT
 
 
 def _choose(
@@ -124,7 +157,7 @@ def _choose(
             return None
         kind = planned
     choice = races.known(kind)
-    if choice is not None or needs_grad(q, k, v) or _is_captured(q.device):
+    if choice is not None or not _may_time(q, k, v):
         return choice
 
     def serves(name: str) -> bool:
@@ -185,6 +218,7 @@ def bucket(number: int) -> int:
     return number >> low << low
 
 
-def _is_captured(device: torch.device) -> bool:
-    """Whether a CUDA graph is recorded, in which nothing may wait for the device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _may_time(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether calls may be timed: without gradients, and in no CUDA graph, which may not wait."""
+    captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (captured or needs_grad(q, k, v))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from diffusers_fa3 import (
 )
 from diffusers_fa3 import fastest as fastest_module
 from diffusers_fa3.attention import attend, default_attention
-from diffusers_fa3.fastest import bucket
+from diffusers_fa3.fastest import Kind, bucket
 from diffusers_fa3.kernels import race as race_module
 from diffusers_fa3.kernels.race import KEPT, Choice, Races, race
 
@@ -166,7 +167,9 @@ def test_a_call_is_exact_whoever_wins(mask: str, rigged: Rigged) -> None:
     for _ in range(3):
         out = attention(*qkv(), given, kernel="fastest")
         torch.testing.assert_close(out, default_attention(*qkv(), given, None, False))
-    assert rigged.asked == [("reference", "default")]
+    # Does the default win with one key left, too?
+    times = 1 + (mask != "none" and rigged.winner == "default")
+    assert rigged.asked == times * [("reference", "default")]
 
 
 def test_the_winner_serves_and_all_compete_on_the_call_itself(
@@ -186,9 +189,13 @@ def test_the_winner_serves_and_all_compete_on_the_call_itself(
     monkeypatch.setattr(fastest_module, "default_attention", default)
     for _ in range(2):
         attention(*qkv(), MASKS["keys"], kernel="fastest")
-    ((mask,),) = [masks]
+    mask, *one_key = masks
     assert torch.equal(mask[:, 0, 0], MASKS["keys"])
-    assert kernels == ["reference"] * (1 if rigged.winner == "default" else 3)
+    if rigged.winner == "default":
+        assert [mask[:, 0, 0].sum(-1).tolist() for mask in one_key] == [[1, 1]]
+        assert kernels == ["reference"] * 2
+    else:
+        assert (one_key, kernels) == ([], ["reference"] * 3)
 
 
 def test_a_call_for_the_default_says_so(rigged: Rigged) -> None:
@@ -228,7 +235,22 @@ def test_lengths_of_a_bucket_are_timed_once_and_others_anew(rigged: Rigged) -> N
 def test_how_much_a_mask_leaves_is_part_of_the_kind(rigged: Rigged) -> None:
     for valid in (29, 28, 8):
         attention(*qkv(32), torch.arange(32)[None] < torch.tensor([[valid], [2]]), kernel="fastest")
-    assert len(rigged.asked) == 2
+    assert len(rigged.asked) == 2  # 28 and 8; or 28 and one key, where the default won both
+
+
+def test_a_default_that_wins_with_many_keys_alone_is_asked_anew(rigged: Rigged) -> None:
+    def decide(kind: Kind, rivals: Any, device: torch.device) -> Choice:
+        rigged.asked.append(tuple(rivals))
+        choice = Choice("default" if kind.k_tokens > 16 else "reference", 2.0)
+        rigged.remember(kind, choice)
+        return choice
+
+    rigged.decide = decide  # type: ignore[method-assign]  # this test's own clock
+    for valid, asked in ((29, 2), (28, 2), (8, 3), (29, 3)):
+        mask = torch.arange(32)[None] < torch.tensor([[valid], [2]])
+        out = attention(*qkv(32), mask, kernel="fastest")
+        torch.testing.assert_close(out, default_attention(*qkv(32), mask, None, False))
+        assert len(rigged.asked) == asked
 
 
 def test_gradients_are_not_timed_and_use_what_is_known(rigged: Rigged) -> None:

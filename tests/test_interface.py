@@ -269,9 +269,7 @@ def test_cache_arguments_that_do_not_belong_together_are_refused(cached, name):
 
 def test_rotary_halves_that_a_build_gets_wrong_are_refused(cached):
     halves = {"rotary_cos": torch.ones(9, 4), "rotary_interleaved": False}
-    with pytest.raises(
-        InputError, match="rotary_cos of halves needs a head size that is a mult.*8"
-    ):
+    with pytest.raises(InputError, match="rotary_cos of halves needs a head size"):
         flash_attn_with_kvcache(*cached, **halves)
 
 
