@@ -207,12 +207,8 @@ def measure(
             ms, host_ms = timed(methods[n], inputs, args)
             times, hosts = found[n].times_ms, found[n].host_ms
             found[n] = replace(found[n], times_ms=(*times, ms), host_ms=(*hosts, host_ms))
-    about = (
-        model.name,
-        share,
-        args.compile,
-        f"{model.size.batch} x ({' + '.join(map(str, parts))})",
-    )
+    tokens = f"{model.size.batch} x ({' + '.join(map(str, parts))})"
+    about = (model.name, share, args.compile, tokens)
     tensor = tensor_bytes(model, parts)
     blocks = sum(model.config[name] for name in model.depths)
     return [
@@ -239,9 +235,11 @@ def first_forward(method: Method, inputs: Inputs, args: argparse.Namespace) -> t
     """What comes out, and seconds. A forward that is stuck ends the program and tells where."""
     faulthandler.dump_traceback_later(args.limit, exit=True)
     start = time.perf_counter()
-    output = method.run(inputs)
-    wait(args.device)
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        output = method.run(inputs)
+        wait(args.device)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return output, time.perf_counter() - start
 
 
@@ -250,10 +248,12 @@ def cost_of(method: Method, inputs: Inputs, args: argparse.Namespace) -> dict[st
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     sent.clear()
+    before = calls_of(method)
     method.run(inputs)
     wait(args.device)
     bytes_sent = sum(count for what, count in sent.items() if what.endswith("bytes"))
-    found = {"sent_mb": bytes_sent / 1e6, "calls": calls_of(method)}
+    calls = ", ".join(f"{what} {n}" for what, n in (calls_of(method) - before).items())
+    found = {"sent_mb": bytes_sent / 1e6, "calls": calls}
     if args.device != "cuda":
         return found
     found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -266,16 +266,13 @@ def cost_of(method: Method, inputs: Inputs, args: argparse.Namespace) -> dict[st
     return found | {"busy_ms": kernels[False] / 1e3, "messages_ms": kernels[True] / 1e3}
 
 
-def calls_of(method: Method) -> str:
+def calls_of(method: Method) -> Counter[str]:
     """Of ours, the attention calls so far by kernel and route, and those left to the default."""
-    if method.attention != OURS:
-        return ""
-    report = coverage(method.model)
     calls: Counter[str] = Counter()
-    for row in report.rows:
+    for row in coverage(method.model).rows if method.attention == OURS else ():
         calls.update({f"{row.kernel} {route}": count for route, count in row.calls.items()})
         calls.update({f"default: {reason}": count for reason, count in row.fallbacks.items()})
-    return ", ".join(f"{what} {count}" for what, count in calls.items())
+    return calls
 
 
 def timed(method: Method, inputs: Inputs, args: argparse.Namespace) -> tuple[float, float]:
@@ -408,7 +405,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{dist.get_world_size()} ranks, messages of {rate / 1e9:.1f} GB/s")
     rows: list[Row] = []
     for model in (model for model in MODELS if model.name in args.models):
-        fitting = made_shallow(made_small(model) if args.small else model, args.layers)
+        # Wan's own number of heads does not divide by 8.
+        heads = 12 if model.name == "wan" else max(2, dist.get_world_size())
+        fitting = made_shallow(made_small(model, heads) if args.small else model, args.layers)
         base = build(fitting, args.device)
         asked = [share for share in args.shares if fits(share, model)] if args.shares else None
         for valid in asked or fitting.shares:

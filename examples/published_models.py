@@ -169,7 +169,7 @@ MODELS = (
         Size(1, 1, 64, 64, text=512),
         placed_patches,
         text_width="joint_attention_dim",
-        small={"num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32},
+        small={"joint_attention_dim": 32, "pooled_projection_dim": 32},
         depths=("num_layers", "num_single_layers"),
     ),
     Model(
@@ -188,7 +188,7 @@ MODELS = (
         Size(2, 1, 64, 64, text=512),
         patches,
         text_width="joint_attention_dim",
-        small={"num_attention_heads": 2, "joint_attention_dim": 32},
+        small={"joint_attention_dim": 32},
         shares=(None, 1.0, 0.5, 0.1),
         mask_name="encoder_hidden_states_mask",
         layers=20,
@@ -212,7 +212,6 @@ MODELS = (
         placed_patches_alone,
         text_width="joint_attention_dim",
         small={
-            "num_attention_heads": 2,
             "joint_attention_dim": 32,
             "approximator_num_channels": 8,
             "approximator_hidden_dim": 16,
@@ -242,7 +241,6 @@ MODELS = (
         video_of_three_texts,
         text_width="text_embed_dim",
         small={
-            "num_attention_heads": 2,
             "text_embed_dim": 32,
             "text_embed_2_dim": 16,
             "image_embed_dim": 16,
@@ -273,7 +271,7 @@ MODELS = (
         video,
         text_width="text_dim",
         joint=False,
-        small={"num_attention_heads": 2, "text_dim": 32, "ffn_dim": 64},
+        small={"text_dim": 32, "ffn_dim": 64},
     ),
     Model(
         "sd3",  # Stable Diffusion 3.5 medium, 1024 x 1024
@@ -297,9 +295,7 @@ MODELS = (
         pooled_image,
         text_width="joint_attention_dim",
         small={
-            "num_attention_heads": 2,
             "joint_attention_dim": 32,
-            "caption_projection_dim": 128,
             "pooled_projection_dim": 32,
         },
     ),
@@ -353,19 +349,25 @@ MODELS = (
         conditioned_image,
         text_width="caption_channels",
         joint=False,
-        small={"num_attention_heads": 2, "cross_attention_dim": 144, "caption_channels": 32},
+        small={"caption_channels": 32},
         shares=(None, 20 / 300),
         mask_name="encoder_attention_mask",
     ),
 )
 
 
-def made_small(model: Model) -> Model:
+def made_small(model: Model, heads: int = 2) -> Model:
     """The same in a size that a CPU computes at once."""
     depths = dict.fromkeys(model.depths, 2)
+    widths = {}
+    if "num_attention_heads" in model.config:
+        head_dim = model.config["attention_head_dim"]
+        published = model.config["num_attention_heads"] * head_dim
+        widths = {n: heads * head_dim for n, width in model.config.items() if width == published}
+        widths["num_attention_heads"] = heads
     frames = min(model.size.frames, 2)
     size = replace(model.size, frames=frames, height=4, width=4, text=model.size.text // 8)
-    return replace(model, config=model.config | model.small | depths, size=size)
+    return replace(model, config=model.config | model.small | widths | depths, size=size)
 
 
 def made_shallow(model: Model, layers: int | None) -> Model:

@@ -57,7 +57,7 @@ def test_every_method_is_a_row(tmp_path: Path) -> None:
         if attention == "ours":
             kernel, route, calls = row["calls"].split()
             assert (kernel, route) == ("reference", "dense" if share is None else "packed")
-            assert int(calls) >= 4
+            assert int(calls) >= 2
             assert row["error"] < 2e-2
         if attention == "ours" and way != "one GPU":
             # Beside tokens, masks are sent, and lengths where they do not divide.

@@ -37,9 +37,10 @@ from diffusers_fa3 import (
     unregister,
 )
 from diffusers_fa3.layers import frame
+from diffusers_fa3.layers.find import attention_layers
 from diffusers_fa3.masks.read import _Facts
 from diffusers_fa3.parallel.exchange import sent
-from diffusers_fa3.parallel.plans import PLANS
+from diffusers_fa3.parallel.plans import PLANS, named_by_ours
 
 ZOO = {case.name: case for case in CASES}
 
@@ -467,9 +468,6 @@ def test_every_class_has_a_plan_or_a_reason() -> None:
 
 
 def test_plans_of_ours_name_layers_and_modules_that_are_there() -> None:
-    from diffusers_fa3.layers.find import attention_layers
-    from diffusers_fa3.parallel.plans import matches
-
     seen = set()
     for case in CASES:
         plan = PLANS.get(case.model.__name__)
@@ -483,12 +481,10 @@ def test_plans_of_ours_name_layers_and_modules_that_are_there() -> None:
             continue
         for place in made:
             assert _get_submodule_by_name(model, place), (case.name, place)
-        names = [name for name, _ in attention_layers(model)]
-        told = [name for name in names if matches(plan.split, name) or matches(plan.local, name)]
-        both = [name for name in names if matches(plan.split, name) and matches(plan.local, name)]
-        assert any(matches(plan.split, name) for name in names) or not plan.split, case.name
-        assert not both, case.name
-        assert told or not (plan.split or plan.local), case.name
+        named = [named_by_ours(model, name) for name, _ in attention_layers(model)]
+        assert any(each.split for each in named) or not plan.split, case.name
+        assert not any(each.split and each.local for each in named), case.name
+        assert any(map(any, named)) or not (plan.split or plan.local), case.name
     assert seen == PLANS.keys() & {case.model.__name__ for case in CASES}
 
 
