@@ -147,6 +147,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
     args.before = args.before.resolve()
+    if not (args.before / "diffusers_fa3").is_dir():
+        parser.error(f"{args.before} has no package diffusers_fa3; give the folder of a checkout")
     return args
 
 

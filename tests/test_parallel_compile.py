@@ -62,7 +62,9 @@ def check(world: int, modes: tuple[str, ...], before: bool) -> None:
             assert calls == {route: 4}, (mode, layout)  # 2 layers, twice
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["enabled before", "enabled after"])
+@pytest.mark.parametrize(
+    "before", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["enabled before", "after"]
+)
 def test_compiled_models_are_as_on_one_process(before: bool) -> None:
     check(2, ("U2", "R2"), before)
 
@@ -115,6 +117,7 @@ def graphs(rank: int, names: tuple[str, ...]) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_layers_share_their_graphs() -> None:
     names = ("flux", "sd3")  # the processors of SD3 call PyTorch's attention
     for found in results("test_parallel_compile:graphs", 2, names):
@@ -151,6 +154,7 @@ def parameter_error(model: torch.nn.Module, whole: torch.nn.Module) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(f"ignore::{FallbackWarning.__module__}.FallbackWarning")
 def test_gradients_of_compiled_models_are_those_of_one_process() -> None:
     for errors in results("test_parallel_compile:trained", 2):
