@@ -158,7 +158,10 @@ def test_layers_compiled_one_by_one_share_one_compilation(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "config", "layouts"),
-    [("qwenimage", {}, PADDED), ("unet_sd15", SMALL_UNET, ("none", "none"))],
+    [
+        ("qwenimage", {}, PADDED),
+        pytest.param("unet_sd15", SMALL_UNET, ("none", "none"), marks=pytest.mark.exhaustive),
+    ],
     ids=["qwenimage", "unet_sd15"],
 )
 def test_inductor_generates_a_whole_model_once(

@@ -90,6 +90,7 @@ def test_the_table_of_routes_is_as_measured() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tables_of_upstream_are_as_measured() -> None:
     needs(host.TRIED[1], "has other backends than those in the tables of docs/upstream.md")
     # In a process of its own: other tests may have called what raises here the first time alone.
