@@ -300,14 +300,6 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
         assert said.out == ""
 
 
-def test_without_a_gpu_cuda_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert exit_status("bench", "--small", "--device", "cuda") == 2
-    assert "cuda needs a CUDA device, and torch sees none" in capsys.readouterr().err
-
-
 def test_a_time_within_the_noise_is_told_as_such() -> None:
     for overhead, told in {
         -3.0: "within the noise",

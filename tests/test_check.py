@@ -720,14 +720,6 @@ def test_what_cannot_run_exits_with_2(
     assert says in capsys.readouterr().err
 
 
-def test_without_a_gpu_cuda_is_refused_before_anything_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert exit_status("check", "no/such/folder", "--device", "cuda") == 2
-    assert "cuda needs a CUDA device, and torch sees none; give" in capsys.readouterr().err
-
-
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
